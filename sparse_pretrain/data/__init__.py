@@ -1,0 +1,1 @@
+"""A batch's way: corpus -> tokenizer -> packed token store -> stateless sampler -> Lightning loaders."""

@@ -1,0 +1,99 @@
+"""`sparse-pretrain evaluate`: loss and perplexity of a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparse_pretrain.config import EvaluateConfig
+from sparse_pretrain.data.sources import file_documents, find_files
+from sparse_pretrain.data.token_store import prepare
+from sparse_pretrain.data.tokenizer import encode_documents, load_tokenizer
+from sparse_pretrain.errors import UserError
+from sparse_pretrain.evaluation.perplexity import total_loss
+from sparse_pretrain.hardware import pick_device, precision_dtype
+from sparse_pretrain.sparsity.linear import SparseLinear
+from sparse_pretrain.sparsity.packed import pack_model
+from sparse_pretrain.sparsity.swap import densify
+from sparse_pretrain.tasks.trained import Trained, load_trained
+
+
+def run(cfg: EvaluateConfig) -> None:
+    """Prints the mean loss (nats per token) and perplexity over sequences that do not overlap.
+
+    Raises:
+        UserError: no such checkpoint, no such text, or `weights` that the checkpoint does not have.
+    """
+    device = pick_device(cfg.accelerator, "accelerator")
+    dtype = precision_dtype(cfg.precision, device, "precision")
+    trained = load_trained(cfg.checkpoint, device)
+    weights = represent(trained.model, cfg.weights)
+    tokens, where = evaluation_tokens(cfg, trained)
+    batches = sequence_batches(tokens, trained.cfg.data.seq_len, cfg.batch_size, cfg.batches)
+    autocast = nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype)
+    loss, count = total_loss(trained.model, batches, device, autocast)
+    mean = float(loss) / count
+    print(f"checkpoint  {trained.checkpoint} (step {trained.step})")
+    print(f"weights     {weights}")
+    print(f"text        {where}: {count:,} tokens predicted, in sequences of {trained.cfg.data.seq_len}")
+    print(f"loss        {mean:.6f}")
+    print(f"perplexity  {math.exp(min(mean, 700)):.4f}")
+
+
+def represent(model: nn.Module, weights: str) -> str:
+    """Change how the model holds its weights, in place, and not what it computes; says what it holds then.
+
+    Raises:
+        UserError: `sparse` or `packed` for a model without layers in their sparse phase.
+    """
+    sparse = sum(isinstance(m, SparseLinear) and m.is_sparse for m in model.modules())
+    if weights in ("sparse", "packed") and not sparse:
+        raise UserError("weights", f"{weights}, but no layer of this checkpoint is in its sparse phase", ["auto", "dense"])
+    if weights == "packed":
+        return f"packed: values and 2-bit metadata in {pack_model(model)} layers"
+    if weights == "dense":
+        densify(model)
+        return f"dense, with 2:4 zeros in {sparse} layers" if sparse else "dense"
+    return f"2:4 sparse in {sparse} layers" if sparse else "dense"
+
+
+def evaluation_tokens(cfg: EvaluateConfig, trained: Trained) -> tuple[np.ndarray, str]:
+    """The token ids to evaluate on, and a name for them.
+
+    Raises:
+        UserError: files that are not there, or a corpus whose tokenizer is no longer the checkpoint's.
+    """
+    if cfg.text:
+        documents = [doc for path in find_files(cfg.text, "text") for doc in file_documents(path, "text")]
+        tokenizer = load_tokenizer(trained.tokenizer_path.read_bytes(), str(trained.tokenizer_path))
+        return encode_documents(tokenizer, documents, np.int64), ", ".join(cfg.text)
+    store = prepare(trained.cfg.data)
+    if store.tokenizer_path.read_bytes() != trained.tokenizer_path.read_bytes():
+        raise UserError(
+            "checkpoint", f"a run whose corpus ({trained.cfg.data.name}) gives another tokenizer here",
+            "one trained on the corpus as it is on this machine", hint="Evaluate on files with text=[...]",
+        )  # fmt: skip
+    return store.split("train" if cfg.split == "train" else "validation"), f"{trained.cfg.data.name}, {cfg.split} split"
+
+
+def sequence_batches(tokens: np.ndarray, seq_len: int, batch_size: int, limit: int | None) -> list[Tensor]:
+    """All whole sequences of `tokens`, without overlap, and the shorter rest as a batch of its own.
+
+    Raises:
+        UserError: fewer than two tokens.
+    """
+    if len(tokens) < 2:
+        raise UserError("text", f"{len(tokens)} tokens", "at least 2")
+    whole = (len(tokens) - 1) // seq_len
+    starts = np.arange(whole)[:, None] * seq_len + np.arange(seq_len + 1)
+    batches = [
+        torch.from_numpy(tokens[starts[i : i + batch_size]].astype(np.int64)) for i in range(0, whole, batch_size)
+    ]
+    rest = tokens[whole * seq_len :]
+    if len(rest) > 1:
+        batches.append(torch.from_numpy(rest.astype(np.int64))[None])
+    return batches[:limit]

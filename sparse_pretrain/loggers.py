@@ -1,0 +1,68 @@
+"""Where a run's metrics go: always RUN_DIR/metrics.csv; TensorBoard and Weights & Biases when asked for."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+
+from sparse_pretrain.config import LoggerConfig
+from sparse_pretrain.runs import METRICS_COLUMNS, METRICS_FILE, read_rows
+
+class CsvLogger(Logger):
+    """One row per logged step, appended and flushed at once, so that a killed run loses none.
+
+    A resumed run begins by cutting the rows after its checkpoint: they are written again, identically.
+
+    Args:
+        folder: the run folder.
+        steps_done: of the checkpoint that the run goes on from; 0 = a new file.
+    """
+
+    def __init__(self, folder: Path, steps_done: int) -> None:
+        super().__init__()
+        self.path = folder / METRICS_FILE
+        rows = [row for row in read_rows(self.path) if int(row["step"]) <= steps_done] if steps_done else []
+        text = io.StringIO()
+        writer = csv.DictWriter(text, METRICS_COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(text.getvalue())
+        os.replace(partial, self.path)
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        row = {key: f"{value:.9g}" if isinstance(value, float) else value for key, value in metrics.items()}
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, METRICS_COLUMNS).writerow({"step": step, **row})
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The whole config is in RUN_DIR/config.yaml."""
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+
+def build_loggers(cfg: LoggerConfig, run_dir: Path, run_id: str, config: dict[str, Any], steps_done: int) -> list[Logger]:
+    """The run's loggers; those that continue an earlier run drop what it logged after `steps_done`."""
+    loggers: list[Logger] = [CsvLogger(run_dir, steps_done)]
+    if cfg.tensorboard:
+        purge = {"purge_step": steps_done + 1} if steps_done else {}
+        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", **purge))
+    if cfg.wandb:
+        loggers.append(
+            WandbLogger(
+                name=run_dir.name, id=run_id, resume="allow", save_dir=str(run_dir), project=cfg.wandb_project,
+                entity=cfg.wandb_entity, offline=cfg.wandb_mode == "offline", config=config,
+            )
+        )  # fmt: skip
+    return loggers

@@ -1,0 +1,1 @@
+"""Optimizers and learning-rate schedules. They know masks as tensors, and nothing of sparsity recipes."""

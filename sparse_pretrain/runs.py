@@ -1,0 +1,104 @@
+"""The run folder: what is in it and how it is read and written. Imports no torch.
+
+RUN_DIR/
+    config.yaml     the whole config, resolved
+    run.json        id, command, versions, hardware, corpus, model size, table of layers
+    tokenizer.json  a copy of the tokenizer
+    metrics.csv     one row per logged step
+    masks/          corners of a few masks, over time
+    checkpoints/    step-00000100/…
+    summary.json    the final figures; there only when the run is complete
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparse_pretrain.config import TrainConfig, identity, load, to_dict
+from sparse_pretrain.errors import UserError
+
+CONFIG_FILE, RUN_FILE, SUMMARY_FILE, CHECKPOINTS = "config.yaml", "run.json", "summary.json", "checkpoints"
+METRICS_FILE, TOKENIZER_FILE = "metrics.csv", "tokenizer.json"
+# `seconds` is training time: without validation and checkpoints, and without the time between a stop and a resume.
+METRICS_COLUMNS = (
+    "step", "tokens", "seconds", "phase", "train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second",
+    "train/mfu", "train/memory_gb", "train/dropped_steps", "sparsity/flip_rate", "val/loss",
+)  # fmt: skip
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """The config that a run was started with.
+
+    Raises:
+        UserError: not a run folder, or one written by a version with other options.
+    """
+    path = run_dir / CONFIG_FILE
+    if not path.is_file():
+        raise UserError("run_dir", run_dir, "a run folder, one that holds config.yaml")
+    return load(TrainConfig, yaml.safe_load(path.read_text()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run folder; empty if it is not there."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics file, without a last line that a kill cut short."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    with io.StringIO(text[: text.rfind("\n") + 1], newline="") as lines:
+        return [row for row in csv.DictReader(lines) if None not in row.values()]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one piece."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def open_run(cfg: TrainConfig, run_dir: Path) -> None:
+    """Make `run_dir` the folder of this run: create it, or check that it holds this very run.
+
+    Raises:
+        UserError: the folder cannot be written, holds a run with other options, or holds one and `resume=never`.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_text(run_dir / ".writable", "")
+        (run_dir / ".writable").unlink()
+    except OSError as error:
+        raise UserError("run_dir", f"{run_dir}, which cannot be written ({error.strerror})", "a writable folder") from error
+    if (run_dir / CONFIG_FILE).is_file():
+        if cfg.resume == "never":
+            raise UserError("resume", f"never, but {run_dir} holds a run", "auto, another run_dir, or deleting that folder")
+        there, here = identity(read_config(run_dir)), identity(cfg)
+        different = [key for key in here if there.get(key) != here[key]]
+        if different:
+            key = different[0]
+            more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+            raise UserError(
+                "run_dir", f"{run_dir}, which holds a run with {key}={there.get(key)} where this one has {here[key]}{more}",
+                "the folder of the same run, or a new one",
+            )  # fmt: skip
+    write_text(run_dir / CONFIG_FILE, yaml.safe_dump(to_dict(cfg), sort_keys=False))
+
+
+def run_id(run_dir: Path) -> str:
+    """The run's id, kept over restarts (loggers use it to go on with the same run)."""
+    known = read_json(run_dir / RUN_FILE).get("id")
+    return known or secrets.token_hex(4)

@@ -1,0 +1,115 @@
+"""The 2:4 sparse linear layer that takes the place of an `nn.Linear`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sparse24.autograd import MvueKey, sparse_linear
+from torch import Tensor, nn
+
+from sparse_pretrain.sparsity.projections import MASKS
+
+
+class SparseLinear(nn.Module):
+    """Y = X Ŵᵀ + b with Ŵ the 2:4 projection of the master weight, which receives the straight-through gradient.
+
+    `weight` and `bias` are the swapped layer's own Parameter objects under its own names, so optimizers, checkpoints
+    and tied weights do not notice the swap; `mask` (boolean, the weight's shape, True = kept) is an extra buffer. Ŵ is
+    kept from one `project` to the next: once per optimizer step, whatever the number of micro-batches.
+
+    Args:
+        dense: the layer to replace: an `nn.Linear`, or a Hugging Face `Conv1D` (its weight is (in, out)).
+        projection: a name of `projections.MASKS`.
+        weight_gradient: `dense`, or `mvue` to prune dY without bias before dW = dYᵀX.
+    """
+
+    mask: Tensor
+    sparse_weight: Tensor | None
+
+    def __init__(self, dense: nn.Module, projection: str, weight_gradient: str = "dense") -> None:
+        super().__init__()
+        self._dense = (dense,)  # in a tuple, so that it is no submodule: given back by `densify`
+        self.transposed = is_conv1d(dense)
+        self.weight: nn.Parameter = dense.weight  # type: ignore[assignment]
+        self.bias: nn.Parameter | None = dense.bias  # type: ignore[assignment]
+        self.out_features, self.in_features = self._out_by_in(self.weight).shape
+        self.projection = projection
+        self.weight_gradient = weight_gradient
+        self.mvue: MvueKey | None = None  # set by SparseTraining
+        self.register_buffer("mask", torch.empty_like(self.weight, dtype=torch.bool))
+        self.register_buffer("sparse_weight", None, persistent=False)
+        self.refresh()
+        self.project()
+        self.train(dense.training)
+
+    def _out_by_in(self, tensor: Tensor) -> Tensor:
+        return tensor.t() if self.transposed else tensor
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether products use the 2:4 weight (else the dense master weight)."""
+        return self.sparse_weight is not None
+
+    @torch.no_grad()
+    def refresh(self) -> Tensor:
+        """Recompute the mask from the master weight; returns how many of its entries changed (0-dim int64)."""
+        mask = self._out_by_in(self.mask)
+        new = MASKS[self.projection](self._out_by_in(self.weight))
+        flips = (new != mask).sum()
+        mask.copy_(new)
+        return flips
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Recompute Ŵ = M⊙W from the master weight and go on with it."""
+        weight, mask = self._out_by_in(self.weight), self._out_by_in(self.mask)
+        if self.sparse_weight is None:
+            self.sparse_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        torch.mul(weight, mask, out=self.sparse_weight)
+
+    def go_dense(self) -> None:
+        """Use the master weight as it is, until the next `project`."""
+        self.sparse_weight = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in_features); returns (..., out_features)."""
+        weight = self._out_by_in(self.weight)
+        if self.sparse_weight is None:
+            return F.linear(x, weight, self.bias)
+        if self.weight_gradient == "mvue" and self.mvue is None and torch.is_grad_enabled():
+            raise RuntimeError("a layer with weight_gradient=mvue trains only under a SparseTraining")
+        return sparse_linear(x, weight, self.sparse_weight, self.bias, self.mvue)
+
+    def dense_layer(self) -> nn.Module:
+        """The swapped layer, holding the weight that this one computes with now."""
+        (dense,) = self._dense
+        dense.weight, dense.bias = self.weight, self.bias
+        if self.sparse_weight is not None:
+            with torch.no_grad():
+                self._out_by_in(self.weight).copy_(self.sparse_weight)
+        return dense.train(self.training)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Loads dense checkpoints too: without a mask in them, the mask is recomputed from the loaded weight."""
+        from_dense = f"{prefix}weight" in state_dict and f"{prefix}mask" not in state_dict
+        if from_dense:
+            state_dict[f"{prefix}mask"] = self.mask
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if from_dense:
+            del state_dict[f"{prefix}mask"]
+            self.refresh()
+        if self.is_sparse:
+            self.project()
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"projection={self.projection}, weight_gradient={self.weight_gradient}"
+        )
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is Hugging Face's `Conv1D`, told by name so that `transformers` need not be installed."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")

@@ -1,0 +1,104 @@
+"""Replacing a model's linear layers by 2:4 sparse ones, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from sparse_pretrain.config import RecipeConfig
+from sparse_pretrain.errors import UserError
+from sparse_pretrain.sparsity.linear import SparseLinear, is_conv1d
+from sparse_pretrain.sparsity.projections import shape_obstacle
+
+# The FFN of every block, as our models call it (ffn) and as Hugging Face's decoders do (mlp).
+FFN_PATTERNS = ("*.ffn.*", "*.mlp.*")
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One linear layer of a model. skipped: why it stays dense although a pattern matched it."""
+
+    name: str
+    out_features: int
+    in_features: int
+    sparse: bool
+    skipped: str = ""
+
+
+def sparsify(
+    model: nn.Module, recipe: RecipeConfig, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+) -> list[LayerRow]:
+    """Swap every linear layer of `model` whose name matches, in place; it then computes with 2:4 weights.
+
+    Args:
+        model: any module holding `nn.Linear` or Hugging Face `Conv1D` layers.
+        recipe: decides projection and weight gradient; a dense recipe swaps nothing.
+        include: shell-style patterns over whole layer names (`blocks.2.ffn.*` is not `blocks.20.ffn.up`); default:
+            the recipe's, else the FFN of every block.
+        exclude: patterns of layers to leave dense; default: the recipe's.
+
+    Returns:
+        All linear layers of the model in order, sparse or not.
+
+    Raises:
+        UserError: a pattern matches no linear layer; a layer named exactly (without wildcard) has a shape that cannot
+            be 2:4; or nothing is left to swap. A layer matched by a wildcard whose shape cannot be 2:4 is skipped, and
+            says so in its row.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)}
+    if recipe.projection == "none":
+        return [_row(name, module, sparse=False) for name, module in linears.items()]
+    include = recipe.include if include is None else include
+    exclude = recipe.exclude if exclude is None else exclude
+    if include is None:
+        include = [pattern for pattern in FFN_PATTERNS if any(fnmatchcase(name, pattern) for name in linears)]
+        if not include:
+            raise UserError("recipe.include", "no FFN layer by its usual names", "patterns of layer names", _names(linears))
+    for option, patterns in (("recipe.include", include), ("recipe.exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in linears):
+                raise UserError(option, f"{pattern}, which matches no linear layer", "patterns of layer names", _names(linears))
+
+    rows = []
+    for name, module in linears.items():
+        matched = [p for p in include if fnmatchcase(name, p)] if not any(fnmatchcase(name, p) for p in exclude) else []
+        row = _row(name, module, sparse=bool(matched))
+        obstacle = shape_obstacle(recipe.projection, row.out_features, row.in_features) if matched else None
+        if obstacle and name in matched:
+            raise UserError("recipe.include", f"{name}, whose {obstacle}", "layers whose shape can be 2:4")
+        rows.append(LayerRow(name, row.out_features, row.in_features, False, obstacle) if obstacle else row)
+    if not any(row.sparse for row in rows):
+        skipped = "; ".join(f"{row.name}: {row.skipped}" for row in rows if row.skipped) or "all of them excluded"
+        raise UserError("recipe.include", f"no layer that can be 2:4 ({skipped})", "at least one")
+    for row in rows:
+        if row.sparse:
+            sparse_layer = SparseLinear(linears[row.name], recipe.projection, recipe.weight_gradient)
+            replace(model, row.name, sparse_layer)
+    return rows
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Undo `sparsify` in place: plain layers again, holding the weights that the model computes with now (2:4 ones
+    where it was sparse), so that its outputs stay the same."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SparseLinear):
+            replace(model, name, module.dense_layer())
+    return model
+
+
+def _row(name: str, module: nn.Module, sparse: bool) -> LayerRow:
+    rows, columns = module.weight.shape  # type: ignore[misc]
+    return LayerRow(name, columns, rows, sparse) if is_conv1d(module) else LayerRow(name, rows, columns, sparse)  # type: ignore[arg-type]
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _names(linears: dict[str, nn.Module]) -> str:
+    shown = list(linears)[:8]
+    return f"This model's linear layers: {', '.join(shown)}{', …' if len(linears) > len(shown) else ''}"

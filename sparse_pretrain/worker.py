@@ -1,0 +1,206 @@
+"""One rank of a training run: reads RUN_DIR/config.yaml, builds everything, trains. Knows no Hydra.
+
+Started in-process by `launch`, or on each rank as `python -m sparse_pretrain.worker RUN_DIR`.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+import warnings
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.plugins import MixedPrecision, Precision
+
+from sparse_pretrain import runs
+from sparse_pretrain.checkpoint import store
+from sparse_pretrain.checkpoint.callback import AtomicCheckpointIO, CheckpointCallback, Interrupted
+from sparse_pretrain.config import TrainConfig, to_dict
+from sparse_pretrain.data.datamodule import TokenDataModule
+from sparse_pretrain.data.token_store import TokenStore, prepare
+from sparse_pretrain.errors import UserError
+from sparse_pretrain.hardware import device_name, peak_tflops, pick_device, precision_dtype
+from sparse_pretrain.loggers import build_loggers
+from sparse_pretrain.models.count import count_model
+from sparse_pretrain.tasks.causal_lm import CausalLM
+from sparse_pretrain.tasks.metrics import MetricsCallback
+
+PACKAGES = ("torch", "triton", "lightning", "hydra-core", "tokenizers", "datasets")
+
+
+def run(run_dir: Path) -> None:
+    """Train, or go on training, the run of `run_dir`; does nothing if it is complete.
+
+    Raises:
+        UserError: the run cannot start, or a guard stopped it.
+        Interrupted: a signal ended it; its checkpoint is saved.
+    """
+    if (run_dir / runs.SUMMARY_FILE).is_file():
+        return
+    quiet_lightning()
+    cfg = runs.read_config(run_dir)
+    tokens = prepare(cfg.data)
+    checkpoint = find_checkpoint(cfg, run_dir)
+    steps_done = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+
+    module = CausalLM(cfg, tokens.vocab_size)
+    device = pick_device(cfg.trainer.accelerator, "trainer.accelerator")
+    dtype = precision_dtype(cfg.trainer.precision, device, "trainer.precision")
+    count = count_model(module.model, cfg.model, cfg.data.seq_len)
+    peak, peak_source = (cfg.trainer.peak_tflops, "given") if cfg.trainer.peak_tflops else peak_tflops(device, dtype)
+    identifier = runs.run_id(run_dir)
+    callbacks = [
+        MetricsCallback(run_dir, count.flop_per_token, peak * 1e12 * cfg.trainer.devices),
+        CheckpointCallback(
+            run_dir / runs.CHECKPOINTS, cfg.trainer.checkpoint_every, cfg.trainer.checkpoints_kept, cfg.trainer.steps,
+            poll_every=cfg.trainer.log_every,
+        ),
+    ]  # fmt: skip
+    trainer = lightning.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=cfg.trainer.devices,
+        strategy="ddp" if cfg.trainer.devices > 1 else "auto",
+        plugins=[AtomicCheckpointIO(), precision_plugin(dtype, device)],
+        callbacks=callbacks,
+        logger=False,
+        max_epochs=1,
+        limit_val_batches=0,
+        deterministic=cfg.trainer.deterministic,
+        default_root_dir=run_dir,
+        enable_checkpointing=False,  # ours does it, and the progress bar, and the summary
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    if trainer.is_global_zero:
+        trainer.loggers = build_loggers(cfg.logger, run_dir, identifier, to_dict(cfg), steps_done)
+        facts = {
+            "id": identifier,
+            "command": f"sparse-pretrain train run_dir={run_dir}",
+            "python": platform.python_version(),
+            "packages": package_versions(),
+            "device": device_name(device),
+            "precision": str(dtype).removeprefix("torch."),
+            "peak_tflops": peak,
+            "peak_source": peak_source,
+            "corpus": describe(tokens),
+            "model": asdict(count),
+            "layers": [asdict(row) for row in module.layers],
+        }
+        runs.write_json(run_dir / runs.RUN_FILE, facts)
+        print_start(cfg, run_dir, facts, steps_done)
+    batches = TokenDataModule(
+        tokens, seq_len=cfg.data.seq_len, batch_size=cfg.trainer.batch_size, seed=cfg.seed, total_steps=cfg.trainer.steps,
+        eval_batches=cfg.trainer.eval_batches, num_workers=cfg.data.num_workers, start_step=lambda: module.steps_done,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
+    if trainer.is_global_zero:
+        runs.write_json(run_dir / runs.SUMMARY_FILE, summarize(module, run_dir))
+
+
+def find_checkpoint(cfg: TrainConfig, run_dir: Path) -> Path | None:
+    """The checkpoint to go on from: this run's newest whole one, else the one that `resume` names, if any."""
+    newest, notes = store.newest_valid(run_dir / runs.CHECKPOINTS)
+    for note in notes:
+        print(note, file=sys.stderr)
+    if newest is not None or cfg.resume in ("auto", "never"):
+        return newest
+    return Path(cfg.resume).expanduser().resolve()
+
+
+def precision_plugin(dtype: torch.dtype, device: torch.device) -> Precision:
+    """Weights stay fp32; products run in `dtype`, with loss scaling for fp16."""
+    if dtype == torch.float32:
+        return Precision()
+    return MixedPrecision("16-mixed" if dtype == torch.float16 else "bf16-mixed", device.type)
+
+
+def print_start(cfg: TrainConfig, run_dir: Path, facts: dict[str, Any], steps_done: int) -> None:
+    """Size, cost and layers, before the first step."""
+    model = facts["model"]
+    tokens = cfg.trainer.steps * cfg.trainer.batch_size * cfg.data.seq_len
+    sparse = [row for row in facts["layers"] if row["sparse"]]
+    weights = sum(row["out_features"] * row["in_features"] for row in sparse)
+    print(
+        f"\n{run_dir.name}: {model['parameters'] / 1e6:.2f}M parameters, "
+        f"{model['flop_per_token'] / 1e6:.1f} MFLOP per token, {model['state_bytes'] / 1e9:.2f} GB of training state; "
+        f"{tokens / 1e6:.2f}M tokens in {cfg.trainer.steps} steps ({tokens * model['flop_per_token'] / 1e15:.3f} PFLOP)"
+    )
+    print(f"  {facts['device']}, {facts['precision']}, peak {facts['peak_tflops']:.3g} TFLOP/s ({facts['peak_source']})")
+    if sparse:
+        share = weights / model["parameters"]
+        print(f"  recipe {cfg.recipe.name}: {len(sparse)} linear layers 2:4 sparse, {weights / 1e6:.2f}M weights ({share:.0%})")
+    for row in facts["layers"]:
+        if row["skipped"]:
+            print(f"  {row['name']} stays dense: {row['skipped']}")
+    if steps_done:
+        print(f"  resuming at step {steps_done}")
+    sys.stdout.flush()
+
+
+def summarize(module: CausalLM, run_dir: Path) -> dict[str, Any]:
+    """The final figures of a run, from its metrics file."""
+    rows = runs.read_rows(run_dir / runs.METRICS_FILE)
+    rates = sorted(float(row["train/tokens_per_second"]) for row in rows[1:] or rows)
+    return {
+        "steps": module.steps_done,
+        "tokens": int(rows[-1]["tokens"]),
+        "seconds": float(rows[-1]["seconds"]),
+        "train_loss": float(rows[-1]["train/loss"]),
+        "val_loss": float(rows[-1]["val/loss"]),
+        "tokens_per_second": rates[len(rates) // 2],
+        "memory_gb": max(float(row["train/memory_gb"]) for row in rows),
+        "dropped_steps": int(rows[-1]["train/dropped_steps"]),
+        "flip_rate": module.sparse_training.flip_rate(),
+        "layer_flip_rates": module.sparse_training.layer_flip_rates(),
+    }
+
+
+def describe(tokens: TokenStore) -> dict[str, Any]:
+    """What the run is trained on; the digest tells whether two runs saw the same tokens."""
+    return {
+        "name": tokens.manifest["name"],
+        "digest": tokens.digest,
+        "vocab_size": tokens.vocab_size,
+        "train_tokens": tokens.num_tokens("train"),
+        "validation_tokens": tokens.num_tokens("validation"),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def quiet_lightning() -> None:
+    """Lightning's tips and its advice on loaders do not concern a user of this program."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+def main() -> None:
+    try:
+        run(Path(sys.argv[1]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
+
+
+if __name__ == "__main__":
+    main()
