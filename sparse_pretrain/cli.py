@@ -169,7 +169,8 @@ def _explain(error: Exception, schema: type, job: list[str]) -> UserError:
 def _nearest(key: str, known: list[str]) -> list[str]:
     import difflib
 
-    return difflib.get_close_matches(key, known, n=3)
+    name = key.rpartition(".")[2]
+    return [option for option in known if option.rpartition(".")[2] == name] or difflib.get_close_matches(key, known, n=3)
 
 
 def _last_value(overrides: list[str], option: str, default: str) -> str:

@@ -63,7 +63,6 @@ class DataConfig:
     vocab_size: int = 32768  # of the BPE to train
     seq_len: int = 1024
     num_workers: int = 2  # processes that load batches
-    prepare_workers: int | None = None  # processes that tokenize; null = one per core
 
 
 @dataclass
@@ -254,12 +253,11 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "model.dropout": (0, 0.9),
     "model.norm_eps": (0, 1),
     "model.rope_theta": (1, None),
-    "data.validation_share": (1e-6, 0.5),
+    "data.validation_share": (1e-6, 0.49),
     "data.max_documents": (1, None),
     "data.vocab_size": (257, 1_000_000),
     "data.seq_len": (1, None),
     "data.num_workers": (0, None),
-    "data.prepare_workers": (1, None),
     "recipe.decay.factor": (0, None),
     "recipe.schedule.dense_warmup": (0, 1),
     "recipe.schedule.dense_finetune": (0, 1),
@@ -295,7 +293,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
 # What may differ between two runs that must give the same numbers: so not part of a run's identity.
 RUNTIME_OPTIONS = (
     "name", "runs_dir", "run_dir", "resume", "logger",
-    "data.num_workers", "data.prepare_workers",
+    "data.num_workers",
     "trainer.devices", "trainer.log_every", "trainer.checkpoint_every", "trainer.checkpoints_kept",
     "trainer.peak_tflops",
 )  # fmt: skip
@@ -330,6 +328,8 @@ def _build(schema: type[C], values: dict[str, Any], prefix: str) -> C:
 
 def _convert(hint: Any, value: Any, option: str) -> Any:
     """`value` as the annotated type, or a UserError. An int is accepted where a float is asked for, nothing else."""
+    if value == "???":
+        raise UserError(option, "nothing", "a value; this option has no default")
     if get_origin(hint) in (Union, types.UnionType):
         inner = next(arg for arg in get_args(hint) if arg is not type(None))
         return None if value is None else _convert(inner, value, option)
@@ -344,18 +344,15 @@ def _convert(hint: Any, value: Any, option: str) -> Any:
         return [_convert(inner, item, option) for item in value]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if value == "???":
-        raise UserError(option, "nothing", "a value; this option has no default")
     if type(value) is not hint:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
         raise UserError(option, repr(value), words[hint])
     if hint is float and value != value:
         raise UserError(option, "nan", "a number")
-    name = option
-    if name in CHOICES and value not in CHOICES[name]:
-        raise UserError(option, value, CHOICES[name])
-    if name in RANGES:
-        low, high = RANGES[name]
+    if option in CHOICES and value not in CHOICES[option]:
+        raise UserError(option, value, CHOICES[option])
+    if option in RANGES:
+        low, high = RANGES[option]
         if (low is not None and value < low) or (high is not None and value > high):
             bounds = " and ".join(
                 text for text in (f"at least {low:g}" if low is not None else "", f"at most {high:g}" if high is not None else "") if text
@@ -451,11 +448,14 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def identity(cfg: TrainConfig) -> dict[str, Any]:
     """The options that decide a run's numbers, flattened: two runs with the same identity give the same result."""
-    return {
+    deciding = {
         option: value
         for option, value in flatten(to_dict(cfg)).items()
         if not any(option == runtime or option.startswith(f"{runtime}.") for runtime in RUNTIME_OPTIONS)
     }
+    if cfg.resume not in ("auto", "never"):
+        deciding["resume"] = cfg.resume  # starts from another run's weights
+    return deciding
 
 
 def resolve_run_dir(cfg: TrainConfig) -> Path:

@@ -67,9 +67,9 @@ def check_resume(cfg: TrainConfig) -> None:
     """Raises UserError if `resume` names a checkpoint that is missing, damaged, or of another model."""
     if cfg.resume in ("auto", "never"):
         return
-    from sparse_pretrain.checkpoint.store import resolve
+    from sparse_pretrain.checkpoint import store
 
-    checkpoint = resolve(Path(cfg.resume), option="resume")
+    checkpoint = store.resolve(Path(cfg.resume), option="resume")
     there = flatten(to_dict(runs.read_config(checkpoint.parent.parent)))
     here = flatten(to_dict(cfg))
     for option in here:
@@ -79,7 +79,7 @@ def check_resume(cfg: TrainConfig) -> None:
                 "resume", f"a checkpoint of another model: {option}={there.get(option)} there, {here[option]} here",
                 "a checkpoint of the same model and sparse layers",
             )  # fmt: skip
-    steps_done = int(checkpoint.name.removeprefix("step-"))
+    steps_done = store.step_of(checkpoint)
     if steps_done >= cfg.trainer.steps:
         raise UserError("trainer.steps", f"{cfg.trainer.steps}, but resume names a checkpoint of step {steps_done}", "more")
 

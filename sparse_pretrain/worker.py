@@ -47,7 +47,7 @@ def run(run_dir: Path) -> None:
     cfg = runs.read_config(run_dir)
     tokens = prepare(cfg.data)
     checkpoint = find_checkpoint(cfg, run_dir)
-    steps_done = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+    steps_done = store.step_of(checkpoint) if checkpoint else 0
 
     module = CausalLM(cfg, tokens.vocab_size)
     device = pick_device(cfg.trainer.accelerator, "trainer.accelerator")
@@ -111,7 +111,7 @@ def find_checkpoint(cfg: TrainConfig, run_dir: Path) -> Path | None:
         print(note, file=sys.stderr)
     if newest is not None or cfg.resume in ("auto", "never"):
         return newest
-    return Path(cfg.resume).expanduser().resolve()
+    return store.resolve(Path(cfg.resume), option="resume")
 
 
 def precision_plugin(dtype: torch.dtype, device: torch.device) -> Precision:

@@ -28,6 +28,11 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The optimizer steps done at a checkpoint folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def save(state: dict[str, Any], folder: Path) -> None:
     """Write `state` (tensors and plain containers) as the checkpoint `folder`, atomically.
 

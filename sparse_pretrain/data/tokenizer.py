@@ -138,9 +138,8 @@ def load_tokenizer(content: bytes, origin: str) -> Tokenizer:
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = (
-        True  # "<|endoftext|>" in the middle of a text is text, not the end of it
-    )
+    # "<|endoftext|>" in the middle of a text is text, not the end of it
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 

@@ -14,7 +14,7 @@ from sparse_pretrain.sparsity.linear import SparseLinear, is_conv1d
 from sparse_pretrain.sparsity.projections import shape_obstacle
 
 # The FFN of every block, as our models call it (ffn) and as Hugging Face's decoders do (mlp).
-FFN_PATTERNS = ("*.ffn.*", "*.mlp.*")
+FFN_PATTERNS = ("*.ffn.*", "*.mlp.*", "ffn.*", "mlp.*")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,251 @@
+"""The report as one HTML file: no script, nothing from the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from sparse_pretrain import runs as run_folder
+from sparse_pretrain.config import flatten, to_dict
+from sparse_pretrain.reporting import figures
+from sparse_pretrain.reporting.run_data import RunData, dense_first, labels
+from sparse_pretrain.reporting.table import HEADER, compare, rate
+
+CSS = """
+:root { color-scheme: light dark; --ink: #1c2226; --soft: #5d6a72; --line: #d8dee2; --page: #fff; --shade: #f5f7f8 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e8ea; --soft: #9aa6ad; --line: #3a444a; --page: #14191c; --shade: #1d2428 }
+}
+body { margin: 0 auto; max-width: 1080px; padding: 24px 20px 48px; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", Arial, sans-serif }
+h1 { font-size: 24px; margin: 0 0 4px } h2 { font-size: 18px; margin: 32px 0 8px } h3 { font-size: 15px; margin: 18px 0 6px }
+p, ul { max-width: 78ch; margin: 6px 0 } ul { padding-left: 20px }
+.soft, figcaption, caption { color: var(--soft); font-size: 13px }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; margin: 10px 0; font-variant-numeric: tabular-nums }
+th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
+th { font-weight: 600 } thead th { color: var(--soft); font-size: 13px; white-space: nowrap }
+.numbers td { white-space: nowrap } .numbers td, .numbers th { text-align: right; padding: 6px 0 6px 20px }
+.numbers th:first-child { text-align: left; padding-left: 0 } .right { text-align: right }
+.swatch { display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin-right: 8px;
+  box-shadow: 0 0 0 1px var(--soft) }
+figure { margin: 10px 0 18px } .card { background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: 8px }
+.card svg { display: block; max-width: 100%; height: auto; margin: 0 auto }
+.masks th, .masks td { border: 0; padding: 0 12px 8px 0; font-weight: 400; font-size: 13px }
+.masks img { display: block; width: 256px; image-rendering: pixelated; border: 1px solid var(--line) }
+.masks tbody th { padding: 4px 0 2px }
+tbody td:has(> code) { min-width: 11ch }
+details { margin: 10px 0; border-top: 1px solid var(--line); padding-top: 10px } summary { cursor: pointer; font-weight: 600 }
+code { font: 12.5px/1.4 ui-monospace, "SF Mono", Consolas, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere }
+@media print { body { max-width: none; padding: 0 } figure, tr { break-inside: avoid } .wide { overflow: visible } }
+"""
+
+
+def write_report(runs: Sequence[RunData], out: Path) -> Path:
+    """Write the page about `runs` to `out`, in one piece."""
+    runs = dense_first(runs)
+    names = labels(runs)
+    title = (
+        f"{_each(run.config.model.name for run in runs)} on {_each(run.config.data.name for run in runs)}: "
+    )
+    title += ", ".join(names) if len(runs) < 5 else f"{len(runs)} runs"
+    styles = figures.run_styles(runs, names)
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="soft">{escape(_setting(runs))}</p>',
+        _comparison(runs, styles),
+        "<h2>Curves</h2>",
+        *_curves(runs, styles),
+        *_masks(runs, names),
+        "<h2>Details</h2>",
+        *[_layers(run, name) for run, name in zip(runs, names, strict=True) if not run.is_dense],
+        _options(runs, names),
+        _facts(runs, names),
+    ]
+    page = (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+        + "\n".join(filter(None, body))
+        + "\n</body>\n</html>\n"
+    )
+    # ASCII alone, so that the locale this is written or served in does not matter.
+    run_folder.write_text(out, page.encode("ascii", "xmlcharrefreplace").decode())
+    return out
+
+
+def _setting(runs: Sequence[RunData]) -> str:
+    """Size, length and machine, in a line."""
+    lengths = []
+    for run in runs:
+        trainer = run.config.trainer
+        tokens = trainer.steps * trainer.batch_size * run.config.data.seq_len
+        lengths.append(f"{tokens / 1e6:,.2f}M tokens in {trainer.steps:,} steps")
+    parameters = _each(f"{run.facts['model']['parameters'] / 1e6:,.2f}M" for run in runs)
+    machines = _each(f"{run.facts['device']}, {run.facts['precision']}" for run in runs)
+    return f"{parameters} parameters; {_each(lengths)}; {machines}"
+
+
+def _each(texts: Iterable[str]) -> str:
+    """The different ones."""
+    return " / ".join(dict.fromkeys(texts))
+
+
+def _comparison(runs: Sequence[RunData], styles: Sequence[figures.RunStyle]) -> str:
+    comparison = compare(runs)
+    head = "".join(f"<th>{escape(text)}</th>" for text in HEADER)
+    rows = "".join(
+        f'<tr><th><span class="swatch" style="background:{style.colour}"></span>{escape(cells[0])}</th>'
+        + "".join(f"<td>{escape(text)}</td>" for text in cells[1:])
+        + "</tr>\n"
+        for cells, style in zip(comparison.cells, styles, strict=True)
+    )
+    notes = "".join(f"<li>{escape(note)}</li>" for note in [*comparison.notes, *_how_to_read(runs)])
+    return (
+        f'<div class="wide"><table class="numbers"><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
+        f'<ul class="soft">{notes}</ul>'
+    )
+
+
+def _how_to_read(runs: Sequence[RunData]) -> list[str]:
+    notes = []
+    on_cpu = [run for run in runs if not run.is_dense and run.facts["device"].startswith("CPU")]
+    if on_cpu:
+        notes.append(
+            "On a CPU the 2:4 products run as dense products on masked weights: the losses are those of sparse "
+            "training, the speed is not, and a sparse run is no faster than dense here."
+        )
+    if len(runs) > 1 and len({run.config.seed for run in runs}) == 1:
+        notes.append(
+            "One seed: small differences of loss may be chance; repeat with other seeds before trusting them."
+        )
+    return notes
+
+
+def _curves(runs: Sequence[RunData], styles: Sequence[figures.RunStyle]) -> list[str]:
+    loss = figures.loss_figure(runs, styles)
+    parts = [
+        f'<figure><div class="card">{loss}</div><figcaption>The first tenth of a run may lie above the picture. '
+        "Time is time of training: without validation, checkpoints and the pauses of a resumed run. Dotted lines: "
+        "in its colour, a run changes its phase.</figcaption></figure>"
+    ]
+    sparsity = figures.sparsity_figure(runs, styles)
+    if sparsity:
+        parts.append(
+            f'<figure><div class="card">{sparsity}</div><figcaption>Above dense: zero is as good as dense. '
+            "Flip rates are comparable between runs with the same refresh interval only; a rate that falls to near "
+            "zero by the end says that the masks have settled.</figcaption></figure>"
+        )
+    return parts
+
+
+def _masks(runs: Sequence[RunData], names: Sequence[str]) -> list[str]:
+    drawn = [(run, name) for run, name in zip(runs, names, strict=True) if run.snapshots]
+    if not drawn:
+        return []
+    parts = [
+        "<h2>Masks</h2>",
+        '<p class="soft">The upper left corner of some masks: a row is an output, a column an input feature; dark is '
+        "kept. In the last column, what changed: "
+        f'<span class="swatch" style="background:{figures.LOST}"></span>pruned since, '
+        f'<span class="swatch" style="background:{figures.GAINED}"></span>kept since.</p>',
+    ]
+    for run, name in drawn:
+        steps = list(run.snapshots)
+        first, last = run.snapshots[steps[0]], run.snapshots[steps[-1]]
+        rows = []
+        for layer in last:
+            cells = [(figures.mask_picture(run.snapshots[step][layer]), f"step {step:,}") for step in steps]
+            if len(steps) > 1:
+                changed = (first[layer] != last[layer]).mean()
+                cells.append((figures.change_picture(first[layer], last[layer]), f"{changed:.1%} changed"))
+            pictures = "".join(
+                f'<td><img src="{uri}" alt="{escape(layer)}, {text}">{text}</td>' for uri, text in cells
+            )
+            rows.append(
+                f'<tr><th colspan="{len(cells)}"><code>{escape(layer)}</code></th></tr><tr>{pictures}</tr>\n'
+            )
+        parts.append(
+            f'<h3>{escape(name)}</h3>\n<div class="wide"><table class="masks"><tbody>{"".join(rows)}</tbody></table></div>'
+        )
+    return parts
+
+
+def _layers(run: RunData, name: str) -> str:
+    flips = run.summary.get("layer_flip_rates", {})
+    rows = "".join(
+        f"<tr><td><code>{escape(row['name'])}</code></td>"
+        f'<td class="right">{row["out_features"]} &times; {row["in_features"]}</td><td>{escape(_kind(row))}</td>'
+        f'<td class="right">{rate(flips[row["name"]]) if row["name"] in flips else ""}</td></tr>\n'
+        for row in run.facts["layers"]
+    )
+    sparse = sum(row["sparse"] for row in run.facts["layers"])
+    return (
+        f"<details><summary>Layers of {escape(name)}: {sparse} of {len(run.facts['layers'])} linear layers 2:4</summary>\n"
+        '<div class="wide"><table><thead><tr><th>layer</th><th class="right">shape (out &times; in)</th><th>weights</th>'
+        f'<th class="right">last flip rate</th></tr></thead>\n<tbody>{rows}</tbody></table></div></details>'
+    )
+
+
+def _kind(row: dict[str, object]) -> str:
+    if row["sparse"]:
+        return "2:4"
+    return f"dense (skipped: {row['skipped']})" if row["skipped"] else "dense"
+
+
+def _options(runs: Sequence[RunData], names: Sequence[str]) -> str:
+    """The options that differ between the runs, names of folders aside."""
+    options = [flatten(to_dict(run.config)) for run in runs]
+    keys = [key for key in options[0] if key not in ("name", "runs_dir", "run_dir", "recipe.name")]
+    rows = [[key, *(_value(values[key]) for values in options)] for key in keys]
+    return _table("Options that differ", names, [row for row in rows if len(set(row[1:])) > 1])
+
+
+def _facts(runs: Sequence[RunData], names: Sequence[str]) -> str:
+    """What a run was made with, and how to make it again."""
+    columns = []
+    for run in runs:
+        facts, corpus = run.facts, run.facts["corpus"]
+        peak = facts.get("peak_tflops")
+        columns.append({
+            "folder": str(run.folder),
+            "id": facts["id"],
+            "again": facts["command"],
+            "device": facts["device"],
+            "precision": facts["precision"],
+            "peak": f"{peak:.3g} TFLOP/s ({facts['peak_source']})" if peak else "-",
+            "memory": f"{run.rows['train/memory_gb'].max():.2f} GB",
+            "dropped steps": f"{run.rows['train/dropped_steps'][-1]:.0f}",
+            "parameters": f"{facts['model']['parameters']:,}",
+            "corpus": f"{corpus['name']}, {corpus['train_tokens']:,} tokens",
+            "corpus digest": corpus["digest"],
+            "Python": facts["python"],
+            **facts["packages"],
+        })  # fmt: skip
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    return _table("Facts", names, [[key, *(column.get(key, "-") for column in columns)] for key in keys])
+
+
+def _table(title: str, names: Sequence[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return ""
+    head = "".join(f"<th>{escape(name)}</th>" for name in ["", *names])
+    body = ""
+    for key, *values in rows:
+        # What all runs share is said once.
+        same = len(values) > 1 and len(set(values)) == 1
+        cells = (
+            f'<td colspan="{len(values)}"><code>{escape(values[0])}</code></td>'
+            if same
+            else "".join(f"<td><code>{escape(value)}</code></td>" for value in values)
+        )
+        body += f"<tr><th>{escape(key)}</th>{cells}</tr>\n"
+    return (
+        f'<details><summary>{escape(title)}</summary>\n<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div></details>"
+    )
+
+
+def _value(value: object) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,138 @@
+"""A run as the report sees it: what its folder holds, parsed."""
+
+from __future__ import annotations
+
+import os.path
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparse_pretrain import runs
+from sparse_pretrain.config import TrainConfig, identity
+from sparse_pretrain.errors import UserError
+
+DENSE_FINETUNE = "dense fine-tune"  # as in the phase column
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """One run folder.
+
+    Attributes:
+        facts: run.json.
+        rows: metrics column -> one float64 per logged step; nan where nothing was logged.
+        phases: the phase of each row.
+        summary: summary.json; empty for a run that is not complete.
+        snapshots: step -> layer name -> corner of the mask, bool (rows, columns): the first, the middle and the last.
+    """
+
+    folder: Path
+    config: TrainConfig
+    facts: dict[str, Any]
+    rows: dict[str, np.ndarray]
+    phases: list[str]
+    summary: dict[str, Any]
+    snapshots: dict[int, dict[str, np.ndarray]]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def recipe(self) -> str:
+        return self.config.recipe.name
+
+    @property
+    def is_dense(self) -> bool:
+        return self.config.recipe.projection == "none"
+
+    @property
+    def step(self) -> int:
+        """The last logged step."""
+        return int(self.rows["step"][-1])
+
+    @property
+    def val_loss(self) -> float:
+        """The last validation loss; nan before the first."""
+        _, losses = self.logged("step", "val/loss")
+        return float(losses[-1]) if len(losses) else float("nan")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The median over the logged intervals, without the first (it pays for warming up)."""
+        if self.summary:
+            return float(self.summary["tokens_per_second"])
+        rates = self.rows["train/tokens_per_second"]
+        return float(np.nanmedian(rates[1:] if len(rates) > 1 else rates))
+
+    def logged(self, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+        """Columns `x` and `y`, where `y` was logged."""
+        there = ~np.isnan(self.rows[y])
+        return self.rows[x][there], self.rows[y][there]
+
+
+def read_run(folder: Path) -> RunData:
+    """Raises UserError: not a run folder, one of a version with other options, or one without metrics so far."""
+    config = runs.read_config(folder)
+    facts = runs.read_json(folder / runs.RUN_FILE)
+    lines = runs.read_rows(folder / runs.METRICS_FILE)
+    if not (lines and facts):
+        raise UserError("runs", f"{folder}, which has no metrics yet", "runs that have logged a step")
+    numbers = [column for column in runs.METRICS_COLUMNS if column != "phase"]
+    return RunData(
+        folder=folder,
+        config=config,
+        facts=facts,
+        rows={column: np.array([float(line.get(column) or "nan") for line in lines]) for column in numbers},
+        phases=[line["phase"] for line in lines],
+        summary=runs.read_json(folder / runs.SUMMARY_FILE),
+        snapshots=_read_snapshots(folder / "masks"),
+    )
+
+
+def _read_snapshots(folder: Path) -> dict[int, dict[str, np.ndarray]]:
+    paths = sorted(folder.glob("step-*.npz"))
+    snapshots = {}
+    for path in {paths[0], paths[len(paths) // 2], paths[-1]} if paths else ():
+        try:
+            with np.load(path) as masks:
+                snapshots[int(path.stem.removeprefix("step-"))] = {
+                    name: masks[name].astype(bool) for name in masks
+                }
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            continue  # cut short by a kill; the run writes it again when it goes on
+    return dict(sorted(snapshots.items()))
+
+
+def dense_first(runs: Sequence[RunData]) -> list[RunData]:
+    """Dense runs, then the others, each in the order given."""
+    return sorted(runs, key=lambda run: not run.is_dense)
+
+
+def labels(runs: Sequence[RunData]) -> list[str]:
+    """What to call each run: its recipe if no other run has it, else its folder, without what all of those begin with."""
+    recipes = [run.recipe for run in runs]
+    names = [run.name for run in runs if recipes.count(run.recipe) > 1]
+    shared = os.path.commonprefix(names).rfind("-") + 1
+    return [run.recipe if recipes.count(run.recipe) == 1 else run.name[shared:] for run in runs]
+
+
+def same_but_recipe(run: RunData, other: RunData) -> bool:
+    """Whether the two runs differ in the recipe alone: the same model, corpus, seed, steps and other options."""
+    options, others = (
+        {option: value for option, value in identity(r.config).items() if not option.startswith("recipe.")}
+        for r in (run, other)
+    )
+    digest, other_digest = (r.facts.get("corpus", {}).get("digest") for r in (run, other))
+    return options == others and digest == other_digest
+
+
+def dense_counterpart(run: RunData, runs: Sequence[RunData]) -> RunData | None:
+    """The dense run among `runs` that `run` can be compared with; None for a dense run."""
+    if run.is_dense:
+        return None
+    return next((other for other in runs if other.is_dense and same_but_recipe(run, other)), None)

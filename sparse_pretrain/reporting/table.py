@@ -1,0 +1,145 @@
+"""The comparison table, as text and as cells for the page."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparse_pretrain.reporting.run_data import (
+    RunData,
+    dense_counterpart,
+    dense_first,
+    labels,
+)
+
+WIDTH = 100  # columns of the terminal that the text table fits into
+HEADER = ("run", "val loss", "perplexity", "vs dense", "tokens/s", "x dense", "flip rate", "2:4", "time")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """cells: a row of texts per run, as HEADER; notes: what a reader must know to read them."""
+
+    cells: list[list[str]]
+    notes: list[str]
+
+
+def compare(runs: Sequence[RunData]) -> Comparison:
+    runs = dense_first(runs)
+    names = labels(runs)
+    cells = [[name, *_figures(run, runs)] for name, run in zip(names, runs, strict=True)]
+    return Comparison(cells, _notes(runs, names))
+
+
+def comparison_table(runs: Sequence[RunData]) -> str:
+    """A plain ASCII table of at most 100 columns, and its notes."""
+    comparison = compare(runs)
+    table = [list(HEADER), *comparison.cells]
+    widths = [max(len(row[i]) for row in table) for i in range(len(HEADER))]
+    widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(HEADER) - 1))
+    lines = []
+    for name, *figures in table:
+        if len(name) > widths[0]:  # a line of its own: cut short, it might be mistaken for another run's
+            lines.append(name)
+            name = ""
+        cells = [
+            name.ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(figures, widths[1:], strict=True)),
+        ]
+        lines.append("  ".join(cells))
+    lines.insert(1, "-" * len(lines[0]))
+    for note in comparison.notes:
+        lines += textwrap.wrap(note, WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def _figures(run: RunData, runs: Sequence[RunData]) -> list[str]:
+    dense = dense_counterpart(run, runs)
+    versus = speed = "-"
+    if dense is not None and run.summary and dense.summary:
+        versus = f"{100 * (run.val_loss / dense.val_loss - 1):+.2f}%"
+    if dense is not None and machine(run) == machine(dense):
+        speed = f"{run.tokens_per_second / dense.tokens_per_second:.2f}x"
+    loss = run.val_loss
+    return [
+        "-" if math.isnan(loss) else f"{loss:.4f}",
+        "-" if math.isnan(loss) else _perplexity(loss),
+        versus,
+        f"{run.tokens_per_second:,.0f}",
+        speed,
+        _flip_rate(run),
+        "-" if run.is_dense else f"{sparse_share(run):.0%}",
+        duration(float(run.rows["seconds"][-1])),
+    ]
+
+
+def _notes(runs: Sequence[RunData], names: Sequence[str]) -> list[str]:
+    unfinished = [
+        f"{name}: not complete, at step {run.step:,} of {run.config.trainer.steps:,}."
+        for name, run in zip(names, runs, strict=True)
+        if not run.summary
+    ]
+    sparse = [run for run in runs if not run.is_dense]
+    notes = unfinished
+    if any(dense_counterpart(run, runs) is None for run in sparse):
+        notes.append("vs dense: - where no dense run with the same other options is among these runs.")
+    elif sparse:
+        notes.append("vs dense: change of the validation loss; lower is better.")
+    if sparse:
+        notes.append(
+            "flip rate: share of mask entries changed by the last refresh / steps between refreshes."
+        )
+        notes.append("2:4: share of all parameters in 2:4 layers.")
+    ends_dense = [
+        name
+        for name, run in zip(names, runs, strict=True)
+        if not run.is_dense and run.config.recipe.schedule.dense_finetune
+    ]
+    if ends_dense:
+        notes.append(f"Ends with a dense fine-tune, so with dense weights: {', '.join(ends_dense)}.")
+    return notes
+
+
+def machine(run: RunData) -> tuple[object, ...]:
+    """What two runs must share for their speeds to be comparable."""
+    return run.facts.get("device"), run.facts.get("precision"), run.config.trainer.devices
+
+
+def sparse_share(run: RunData) -> float:
+    """Weights in 2:4 layers, as a share of all parameters."""
+    weights = sum(row["out_features"] * row["in_features"] for row in run.facts["layers"] if row["sparse"])
+    return weights / run.facts["model"]["parameters"]
+
+
+def rate(value: float) -> str:
+    """A flip rate with two digits that count."""
+    return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
+
+
+def duration(seconds: float) -> str:
+    """48 s, 1m 52s, 3h 05m, 2d 04h."""
+    for size, unit, smaller, smaller_unit in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "m"),
+        (60, "m", 1, "s"),
+    ):
+        # Rounded first, so that 3599.7 s is 1h 00m and not 60m 00s.
+        count = round(seconds / smaller)
+        if count * smaller >= size:
+            return f"{count * smaller // size}{unit} {count % (size // smaller):02d}{smaller_unit}"
+    return f"{seconds:.0f}s" if seconds >= 10 else f"{seconds:.1f}s"
+
+
+def _flip_rate(run: RunData) -> str:
+    _, rates = run.logged("step", "sparsity/flip_rate")
+    if run.is_dense or not len(rates):
+        return "-"
+    every = run.config.recipe.schedule.refresh_every
+    return f"{rate(float(rates[-1]))} / {every} step{'s' if every > 1 else ''}"
+
+
+def _perplexity(loss: float) -> str:
+    value = math.exp(min(loss, 700))
+    return f"{value:,.2f}" if value < 1e5 else f"{value:.2e}"

@@ -1,0 +1,149 @@
+"""Checkpoints on disk: whole or not there, and what happens when a disk damages them."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from sparse_pretrain.checkpoint import store
+from sparse_pretrain.errors import UserError
+
+
+def state(step: int) -> dict:
+    return {"steps_done": step, "weights": torch.arange(1000.0) + step, "nested": [{"none": None}]}
+
+
+def save_steps(folder, *steps):
+    for step in steps:
+        store.save(state(step), store.checkpoint_folder(folder, step))
+
+
+def test_round_trip(tmp_path):
+    save_steps(tmp_path, 7)
+    loaded = store.load(store.checkpoint_folder(tmp_path, 7))
+    assert loaded["steps_done"] == 7
+    assert torch.equal(loaded["weights"], state(7)["weights"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda folder: (folder / "checkpoint.pt").write_bytes(b"short"), "bytes where the manifest says"),
+        (lambda folder: flip_bit(folder / "checkpoint.pt"), "wrong checksum"),
+        (lambda folder: (folder / "checkpoint.pt").unlink(), "no checkpoint.pt"),
+        (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "unreadable manifest.json"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "unreadable manifest.json"),
+    ],
+    ids=["truncated", "bit-flip", "no-state", "no-manifest", "half-manifest", "wrong-manifest"],
+)
+def test_a_damaged_newest_is_told_and_the_one_before_used(tmp_path, damage, found):
+    save_steps(tmp_path, 10, 20)
+    damage(store.checkpoint_folder(tmp_path, 20))
+    newest, notes = store.newest_valid(tmp_path)
+    assert newest == store.checkpoint_folder(tmp_path, 10)
+    assert len(notes) == 1
+    assert "step-00000020" in notes[0]
+    assert found in notes[0]
+    with pytest.raises(UserError, match=found):
+        store.load(store.checkpoint_folder(tmp_path, 20))
+
+
+def flip_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_nothing_valid(tmp_path):
+    assert store.newest_valid(tmp_path / "absent") == (None, [])
+    save_steps(tmp_path, 1)
+    flip_bit(store.checkpoint_folder(tmp_path, 1) / "checkpoint.pt")
+    newest, notes = store.newest_valid(tmp_path)
+    assert newest is None
+    assert len(notes) == 1
+
+
+def test_a_damaged_one_can_be_written_again(tmp_path):
+    save_steps(tmp_path, 5)
+    flip_bit(store.checkpoint_folder(tmp_path, 5) / "checkpoint.pt")
+    save_steps(tmp_path, 5)
+    assert store.damage(store.checkpoint_folder(tmp_path, 5)) is None
+
+
+def test_prune_keeps_the_newest_and_clears_leftovers(tmp_path):
+    save_steps(tmp_path, 1, 2, 3)
+    (tmp_path / ".step-00000004.123.partial").mkdir()
+    store.prune(tmp_path, kept=2)
+    assert sorted(os.listdir(tmp_path)) == ["step-00000002", "step-00000003"]
+
+
+def test_pickled_code_is_not_run(tmp_path):
+    folder = store.checkpoint_folder(tmp_path, 1)
+    save_steps(tmp_path, 1)
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "pwned"),))
+
+    torch.save({"steps_done": Evil()}, folder / "checkpoint.pt")
+    content = (folder / "checkpoint.pt").read_bytes()
+    import hashlib
+
+    manifest = {"format": 1, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Exception, match="weights_only|Unsupported|WeightsUnpickler"):
+        store.load(folder)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_full_disk_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1)
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store._HashingWriter, "write", full)
+    with pytest.raises(UserError, match="no space left"):
+        save_steps(tmp_path, 2)
+    assert os.listdir(tmp_path) == ["step-00000001"]
+    assert store.damage(store.checkpoint_folder(tmp_path, 1)) is None
+
+
+def _save_for_ever(folder):
+    step = 0
+    while True:
+        step += 1
+        save_steps(folder, step)
+
+
+def test_sigkill_while_writing_never_leaves_a_damaged_checkpoint(tmp_path):
+    for round_ in range(5):
+        folder = tmp_path / str(round_)
+        process = multiprocessing.get_context("fork").Process(target=_save_for_ever, args=(folder,))
+        process.start()
+        while len(store.list_steps(folder)) < 3:
+            time.sleep(0.001)
+        time.sleep(0.0007 * round_)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        for step in store.list_steps(folder):
+            assert store.damage(store.checkpoint_folder(folder, step)) is None
+
+
+@pytest.mark.parametrize("name", ["nothing", "step-00000009"])
+def test_resolve_names_the_option(tmp_path, name):
+    with pytest.raises(UserError, match="checkpoint: found"):
+        store.resolve(tmp_path / name, option="checkpoint")
+
+
+def test_resolve_takes_run_folders_and_checkpoints(tmp_path):
+    save_steps(tmp_path / "checkpoints", 3, 4)
+    newest = store.checkpoint_folder(tmp_path / "checkpoints", 4)
+    assert store.resolve(tmp_path, option="checkpoint") == newest
+    assert store.resolve(newest, option="checkpoint") == newest

@@ -1,0 +1,110 @@
+"""Every wrong word on the command line is one clear sentence, before any work starts."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sparse_pretrain import cli, config
+from sparse_pretrain.errors import UserError
+
+
+def error_of(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
+    return text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "command: found trian; allowed: train, evaluate, generate, report, doctor; did you mean train?"),
+        (["train", "model=gpt2_124"], "model: found gpt2_124; allowed: gpt2_124m"),
+        (["train", "recipe=fts"], "did you mean fst?"),
+        (["train", "model.d_modell=64"], "model.d_modell: found no such option; allowed: model.d_model"),
+        (["train", "+model.wings=2"], "model.wings: found no such option"),
+        (["train", "steps=10"], "steps: found no such option; allowed: trainer.steps"),
+        (["train", "model.d_model=wide"], "model.d_model: found 'wide'; allowed: a whole number"),
+        (["train", "model.n_layer=1.5"], "model.n_layer: found 1.5; allowed: a whole number"),
+        (["train", "model.bias=maybe"], "model.bias: found 'maybe'; allowed: true or false"),
+        (["train", "optimizer.lr=nan"], "optimizer.lr: found nan; allowed: a number"),
+        (["train", "optimizer.lr=-1"], "optimizer.lr: found -1; allowed: at least 0"),
+        (["train", "optimizer.betas=0.9"], "optimizer.betas: found 0.9; allowed: a list"),
+        (["train", "optimizer.betas=[0.9]"], "optimizer.betas: found [0.9]; allowed: two numbers"),
+        (["train", "model.activation=gleu"], "model.activation: found gleu; allowed: gelu, relu2, geglu, swiglu; did you mean gelu?"),
+        (["train", "model.n_head=5"], "model.n_head: found 5; allowed: a divisor of model.d_model=128"),
+        (["train", "model.n_kv_head=3"], "model.n_kv_head: found 3; allowed: a divisor of model.n_head=4"),
+        (["train", "data.seq_len=512"], "data.seq_len: found 512; allowed: at most model.max_seq_len=256"),
+        (["train", "data=text"], "data.train: found nothing; allowed: a value"),
+        (["train", "data=text", "data.train=[]"], "data.train: found nothing; allowed: a list of files"),
+        (["train", "trainer.batch_size=9", "trainer.devices=2"], "trainer.batch_size: found 9; allowed: a multiple of trainer.devices=2"),
+        (["train", "trainer.micro_batch_size=3"], "trainer.micro_batch_size: found 3; allowed: a divisor of the 8 sequences per device"),
+        (["train", "scheduler.warmup_steps=1000"], "scheduler.warmup_steps: found 1000; allowed: at most trainer.steps=400"),
+        (["train", "recipe.schedule.dense_warmup=0.9"], "recipe.schedule.dense_finetune: found 0.166667 with recipe.schedule.dense_warmup=0.9"),
+        (["train", "recipe=ste", "recipe.decay.factor=1e-4"], "recipe.decay.place: found none with a decay factor above 0"),
+        (["train", "recipe=dense", "recipe.weight_gradient=mvue"], "recipe.weight_gradient: found set for a dense recipe"),
+        (["train", "trainer.precision=fp8"], "trainer.precision: found fp8; allowed: auto, fp32, bf16, fp16"),
+        (["train", "name=a/b"], "name: found 'a/b'; allowed: letters"),
+        (["train", "trainer.steps=1,2"], "trainer.steps=1,2: found several values; allowed: one value, or -m"),
+        (["train", "nonsense"], "nonsense: found something that is not option=value"),
+        (["train", "--config-dir", "/nowhere"], "--config-dir: found /nowhere; allowed: a folder"),
+        (["train", "-m", "recipe=fst,stee"], "recipe: found stee; allowed: dense, fst, sr_ste, ste; did you mean ste?"),
+        (["evaluate"], "checkpoint: found nothing; allowed: a value"),
+        (["evaluate", "checkpoint=/nowhere"], "checkpoint: found /nowhere, which holds no whole checkpoint"),
+        (["generate", "checkpoint=x", "temperature=-1"], "temperature: found -1; allowed: at least 0"),
+        (["report", "runs_dir=/nowhere"], "/nowhere"),
+        (["train", "trainer.accelerator=gpu"], "trainer.accelerator: found gpu, but PyTorch sees no GPU here"),
+        (["train", "trainer.precision=fp16"], "trainer.precision: found fp16 on a CPU; allowed: fp32, bf16"),
+        (["train", "resume=/nowhere"], "resume: found /nowhere, which holds no whole checkpoint"),
+        (["train", "data.tokenizer=/nowhere.json"], "data.tokenizer: found /nowhere.json"),
+    ],
+    ids=lambda value: "_".join(value[1:]) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_one_clear_sentence(capsys, tmp_path, monkeypatch, arguments, expected):
+    import torch
+
+    if torch.cuda.is_available() and ("GPU" in expected or "CPU" in expected):
+        pytest.skip("this machine has a GPU")
+    monkeypatch.chdir(tmp_path)
+    assert expected in error_of(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_and_tiny_corpora(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.txt").write_text("only a few words\n\nin two paragraphs")
+    (tmp_path / "empty.txt").write_text("")
+    assert "nowhere.txt" in error_of(capsys, "train", "data=text", "data.train=[nowhere.txt]", "data.seq_len=64")
+    for name in ("tiny.txt", "empty.txt"):
+        with pytest.raises(SystemExit):
+            cli.main(["train", "data=text", f"data.train=[{name}]", "data.vocab_size=300", "data.seq_len=64"])
+        text = capsys.readouterr().err
+        assert "error: data" in text
+
+
+def test_errors_and_help_come_in_about_a_second():
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, "-X", "importtime", "-m", "sparse_pretrain.cli", "train", "model=gpt"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "error: model: found gpt" in result.stderr
+    assert " torch" not in result.stderr  # the reason it is quick, which a slow machine cannot hide
+    assert time.perf_counter() - start < 20
+
+
+def test_load_rejects_what_is_not_in_the_schema():
+    with pytest.raises(UserError, match="recipe.name: found nothing"):
+        config.load(config.TrainConfig, {"model": {"name": "a", "n_layer": 1, "n_head": 1, "d_model": 4}, "data": {"name": "b", "source": "stdlib"}, "recipe": {}})
+    with pytest.raises(UserError, match="model: found 3; allowed: a group of options"):
+        config.load(config.TrainConfig, {"model": 3})
+
+
+def test_every_ranged_or_chosen_option_exists():
+    known = {option for command in cli.COMMANDS.values() for option in config.options(command.schema)}
+    assert set(config.RANGES) <= known
+    assert set(config.CHOICES) <= known
+    assert all(any(option == r or option.startswith(f"{r}.") for option in known) for r in config.RUNTIME_OPTIONS)

@@ -1,0 +1,71 @@
+"""A tiny run to test with: a few thousand words, a model of a few thousand parameters, a few steps."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from sparse_pretrain.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    TrainConfig,
+    TrainerConfig,
+)
+from sparse_pretrain.sparsity import load_recipe
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Tests share one cache of tokenizers and tokens, which is not the user's."""
+    monkeypatch.setenv("SPARSE_PRETRAIN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """40 documents of random words with some structure (each word foretells the next), about 60 kB."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 6))) for _ in range(60)]
+    documents = []
+    for _ in range(40):
+        position, text = draw.randrange(60), []
+        for _ in range(300):
+            text.append(words[position])
+            position = (position * 7 + draw.choice((1, 2))) % 60
+        documents.append(" ".join(text))
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("\n<|endoftext|>\n".join(documents))
+    return path
+
+
+@pytest.fixture
+def tiny(corpus, tmp_path):
+    """tiny(recipe="fst", steps=12, …) -> a TrainConfig of about a second, whose run folder is in tmp_path."""
+
+    def make(recipe: str = "fst", run_dir: str = "run", **changes) -> TrainConfig:
+        method = load_recipe(recipe)
+        cfg = TrainConfig(
+            model=ModelConfig(name="tiny", n_layer=2, n_head=2, d_model=16, max_seq_len=16),
+            data=DataConfig(
+                name="tiny", source="text", train=[str(corpus)], validation_share=0.1, vocab_size=320, seq_len=16, num_workers=0
+            ),
+            recipe=method,
+            optimizer=OptimizerConfig(lr=3e-3),
+            scheduler=SchedulerConfig(warmup_steps=2),
+            trainer=TrainerConfig(
+                steps=12, batch_size=8, accelerator="cpu", log_every=1, eval_every=4, eval_batches=2, checkpoint_every=4,
+                peak_tflops=1.0,
+            ),
+            run_dir=str(tmp_path / run_dir),
+        )  # fmt: skip
+        for option, value in changes.items():
+            group, _, name = option.rpartition("__")
+            target = cfg
+            for part in filter(None, group.split("__")):
+                target = getattr(target, part)
+            assert hasattr(target, name), option
+            setattr(target, name, value)
+        return cfg
+
+    return make

@@ -1,0 +1,120 @@
+"""The decoder: causal, every variant trains, sizes as named."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+
+from sparse_pretrain.config import ModelConfig, load
+from sparse_pretrain.models.blocks import RotaryEmbedding, ffn_width
+from sparse_pretrain.models.count import count_model
+from sparse_pretrain.models.gpt import GPT
+from sparse_pretrain.paths import config_dir
+
+TINY = ModelConfig(name="tiny", n_layer=2, n_head=4, d_model=32, max_seq_len=16)
+VARIANTS = {
+    "gpt2": {},
+    "gpt2-bias-untied": {"bias": True, "tied_embeddings": False},
+    "llama": {"norm": "rms_norm", "position": "rotary", "activation": "swiglu", "n_kv_head": 2},
+    "geglu": {"activation": "geglu"},
+    "relu2-mqa": {"activation": "relu2", "n_kv_head": 1},
+    "checkpointed": {"activation_checkpointing": True},
+}
+
+
+def model(**changes) -> GPT:
+    torch.manual_seed(0)
+    return GPT(replace(TINY, **changes), vocab_size=50)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_a_token_sees_only_those_before_it(changes):
+    gpt = model(**changes).eval()
+    tokens = torch.randint(50, (2, 16))
+    changed = tokens.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 50
+    before, after = gpt(tokens), gpt(changed)
+    assert before.shape == (2, 16, 50)
+    torch.testing.assert_close(before[:, :9], after[:, :9])
+    assert not torch.allclose(before[:, 9:], after[:, 9:])
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_every_parameter_gets_a_gradient(changes):
+    gpt = model(**changes)
+    gpt(torch.randint(50, (2, 16))).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in gpt.parameters())
+
+
+def test_activation_checkpointing_changes_nothing():
+    tokens = torch.randint(50, (2, 16))
+    grads = []
+    for checkpointing in (False, True):
+        gpt = model(activation_checkpointing=checkpointing)
+        gpt(tokens).square().mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in gpt.parameters()]))
+    assert torch.equal(*grads)
+
+
+def test_grouped_queries_equal_repeated_heads():
+    grouped = model(n_kv_head=2)
+    full = model()
+    full.load_state_dict(grouped.state_dict() | {
+        f"blocks.{i}.attn.qkv.weight": torch.cat((
+            block.attn.qkv.weight[:32],
+            *(part.view(2, 8, 32).repeat_interleave(2, 0).view(32, 32) for part in block.attn.qkv.weight[32:].split(16)),
+        ))
+        for i, block in enumerate(grouped.blocks)
+    })  # fmt: skip
+    tokens = torch.randint(50, (1, 16))
+    torch.testing.assert_close(grouped(tokens), full(tokens))
+
+
+def test_rotary_scores_depend_on_distance_only():
+    rotary = RotaryEmbedding(8, max_seq_len=12, theta=100.0)
+    q, k = torch.randn(8).expand(1, 1, 12, 8), torch.randn(8).expand(1, 1, 12, 8)
+    scores = rotary(q)[0, 0] @ rotary(k)[0, 0].T
+    for distance in (-3, 0, 5):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+    torch.testing.assert_close(rotary(q)[0, 0].norm(dim=-1), q[0, 0].norm(dim=-1))
+
+
+# Parameters with GPT-2's vocabulary padded to 50304, without biases: nanoGPT's and the papers' sizes.
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("gpt2_124m", 124), ("gpt2_350m", 354), ("gpt2_774m", 773), ("gpt2_1558m", 1557), ("llama_1b", 1236), ("llama_7b", 6738)],
+)
+def test_sizes_are_as_named(name, millions):
+    cfg = load(ModelConfig, yaml.safe_load((config_dir() / "model" / f"{name}.yaml").read_text()))
+    vocab = {"llama_1b": 128256, "llama_7b": 32000}.get(name, 50304)
+    with torch.device("meta"):
+        gpt = GPT(cfg, vocab)
+    assert sum(p.numel() for p in gpt.parameters()) / 1e6 == pytest.approx(millions, abs=1)
+
+
+def test_gated_width_keeps_the_parameters():
+    assert ffn_width(replace(TINY, d_model=768, activation="swiglu")) == 2048
+    assert ffn_width(replace(TINY, d_model=768)) == 3072
+    assert ffn_width(replace(TINY, d_ff=100)) == 100
+
+
+def test_counts():
+    count = count_model(model(), TINY, seq_len=16)
+    matrices = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 50 * 32
+    assert count.flop_per_token == 6 * matrices + 12 * 2 * 32 * 16
+    assert count.parameters == matrices + 16 * 32 + 5 * 32
+    assert count.state_bytes == 16 * count.parameters
+
+
+def test_generation_is_repeatable_and_greedy_at_zero():
+    gpt = model()
+    prompt = torch.tensor([[1, 2, 3]])
+    first, second = (gpt.generate(prompt, 20, generator=torch.Generator().manual_seed(3), top_k=5) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.shape == (1, 23)  # longer than max_seq_len: the window moves
+    greedy = gpt.generate(prompt, 1, temperature=0)
+    assert greedy[0, -1] == gpt(prompt)[0, -1].argmax()
+    stopped = gpt.generate(prompt, 20, temperature=0, stop_token=int(greedy[0, -1]))
+    assert stopped.shape == (1, 4)

@@ -1,0 +1,258 @@
+"""Training by training: loss falls, phases switch when they should, a resumed run is the same run."""
+
+import csv
+import math
+
+import pytest
+import torch
+
+from sparse_pretrain import runs, train, worker
+from sparse_pretrain.checkpoint import store
+from sparse_pretrain.checkpoint.callback import CheckpointCallback, Interrupted
+from sparse_pretrain.errors import UserError
+from sparse_pretrain.sparsity.schedule import DENSE_FINETUNE, DENSE_WARMUP, SPARSE
+from sparse_pretrain.tasks.causal_lm import CausalLM
+
+TIMING = ("seconds", "train/tokens_per_second", "train/mfu", "train/memory_gb")
+
+
+def metrics(run_dir) -> list[dict]:
+    """The logged rows, without what a clock says."""
+    with open(run_dir / runs.METRICS_FILE) as file:
+        return [{key: value for key, value in row.items() if key not in TIMING} for row in csv.DictReader(file)]
+
+
+def final_state(run_dir) -> dict:
+    newest, notes = store.newest_valid(run_dir / runs.CHECKPOINTS)
+    assert not notes
+    state = store.load(newest)
+    state.pop("callbacks")  # the clock
+    return state
+
+
+def assert_equal(a, b, where="state"):
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(a, b):
+    assert metrics(a) == metrics(b)
+    assert_equal(final_state(a), final_state(b))
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """stop_at(5): the next run gets a signal during step 5 (counted from 1); stop_at(None): none any more."""
+
+    def arm(step):
+        original = CausalLM.training_step
+        callbacks = []
+        init = CheckpointCallback.__init__
+
+        def remember(self, *args, **kwargs):
+            init(self, *args, **kwargs)
+            callbacks.append(self)
+
+        def training_step(self, batch, index):
+            original(self, batch, index)
+            if self.steps_done == step:
+                callbacks[-1].received = 15
+
+        if step is None:
+            monkeypatch.undo()
+        else:
+            monkeypatch.setattr(CheckpointCallback, "__init__", remember)
+            monkeypatch.setattr(CausalLM, "training_step", training_step)
+
+    return arm
+
+
+def phases(**changes):
+    """Every phase and several refreshes within 12 steps: dense 0-1, sparse 2-8, dense 9-11."""
+    return {"recipe__schedule__dense_warmup": 0.17, "recipe__schedule__dense_finetune": 0.25, "recipe__schedule__refresh_every": 3, **changes}
+
+
+def test_loss_falls_and_the_masks_settle(tiny):
+    cfg = tiny("fst", trainer__steps=120, trainer__eval_every=120, recipe__schedule__refresh_every=5, trainer__checkpoint_every=200)
+    rows = metrics(train.run(cfg))
+    losses = [float(row["train/loss"]) for row in rows]
+    assert losses[0] == pytest.approx(math.log(320), abs=0.2)
+    assert losses[-1] < losses[0] - 1.5
+    flips = [float(row["sparsity/flip_rate"]) for row in rows if row["sparsity/flip_rate"]]
+    assert 0 < max(flips) < 0.5
+    assert flips[-1] < 0.2 * max(flips)
+
+
+def test_phases_switch_when_they_should(tiny):
+    rows = metrics(train.run(tiny("fst", **phases())))
+    assert [row["phase"] for row in rows] == [DENSE_WARMUP] * 2 + [SPARSE] * 7 + [DENSE_FINETUNE] * 3
+    # refreshes before steps 2, 5 and 8; the first has nothing to compare with
+    flips = [row["sparsity/flip_rate"] for row in rows]
+    assert flips[:4] == [""] * 4
+    assert len(set(flips[4:7])) == 1
+    assert flips[7] != flips[6]
+    assert len(set(flips[7:])) == 1
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5, 8, 9, 11])
+def test_a_resumed_run_is_bit_identical(tiny, stop_at, tmp_path, stop):
+    """Across every phase boundary, with accumulation, MVUE, dropout, and several data workers."""
+    changes = phases(trainer__micro_batch_size=2, model__dropout=0.1, data__num_workers=2 if stop == 5 else 0, trainer__log_every=2)
+    train.run(tiny("fst", "whole", **changes))
+    stop_at(stop)
+    with pytest.raises(Interrupted, match=f"step {stop} of 12"):
+        train.run(tiny("fst", "stopped", **changes))
+    stop_at(None)
+    train.run(tiny("fst", "stopped", **changes))
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("recipe", ["dense", "ste", "sr_ste"])
+def test_other_recipes_resume_too(tiny, stop_at, tmp_path, recipe):
+    train.run(tiny(recipe, "whole"))
+    stop_at(7)
+    with pytest.raises(Interrupted):
+        train.run(tiny(recipe, "stopped"))
+    stop_at(None)
+    train.run(tiny(recipe, "stopped"))
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_resuming_before_a_damaged_checkpoint_says_so(tiny, stop_at, tmp_path, capsys):
+    train.run(tiny("fst", "whole", **phases()))
+    stop_at(10)
+    with pytest.raises(Interrupted):
+        train.run(tiny("fst", "stopped", **phases()))
+    stop_at(None)
+    newest = store.checkpoint_folder(tmp_path / "stopped" / runs.CHECKPOINTS, 10)
+    (newest / store.STATE_FILE).write_bytes(b"")
+    train.run(tiny("fst", "stopped", **phases()))
+    assert "step-00000010 is damaged" in capsys.readouterr().err
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_complete_run_is_left_alone(tiny, tmp_path, capsys):
+    train.run(tiny())
+    before = (tmp_path / "run" / runs.METRICS_FILE).stat().st_mtime_ns
+    train.run(tiny())
+    assert "is complete" in capsys.readouterr().out
+    assert (tmp_path / "run" / runs.METRICS_FILE).stat().st_mtime_ns == before
+
+
+def test_accumulation_gives_the_same_training(tiny, tmp_path):
+    """MVUE's draws go by position in the batch, so cutting it changes rounding only."""
+    train.run(tiny("fst", "one", **phases()))
+    train.run(tiny("fst", "four", **phases(trainer__micro_batch_size=2)))
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "four"), strict=True):
+        assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(tiny, tmp_path):
+    train.run(tiny("fst", "one", **phases(trainer__micro_batch_size=2)))
+    train.run(tiny("fst", "two", **phases(trainer__micro_batch_size=2, trainer__devices=2)))
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), rel=1e-4)
+        assert a["val/loss"] == "" or float(a["val/loss"]) == pytest.approx(float(b["val/loss"]), rel=1e-4)
+
+
+def test_bf16_trains(tiny):
+    rows = metrics(train.run(tiny("fst", trainer__precision="bf16", **phases(trainer__steps=40))))
+    assert float(rows[-1]["train/loss"]) < float(rows[0]["train/loss"]) - 0.3
+
+
+def test_fp16_overflow_is_dropped_and_the_scale_lowered(tiny, monkeypatch):
+    """On the CPU too: loss scaling needs no GPU to be tested."""
+    monkeypatch.setattr("sparse_pretrain.worker.precision_dtype", lambda *_: torch.float16)
+    rows = metrics(train.run(tiny("dense", trainer__steps=30)))
+    assert int(rows[-1]["train/dropped_steps"]) < 10
+    assert float(rows[-1]["train/loss"]) < float(rows[0]["train/loss"]) - 0.2
+
+
+def poison(monkeypatch, steps):
+    """The gradients of these steps are NaN."""
+    original = CausalLM.manual_backward
+
+    def manual_backward(self, loss):
+        original(self, loss * torch.nan if self.steps_done in steps else loss)
+
+    monkeypatch.setattr(CausalLM, "manual_backward", manual_backward)
+
+
+def test_a_nan_step_is_skipped_and_counted(tiny, monkeypatch):
+    poison(monkeypatch, {3, 4})
+    rows = metrics(train.run(tiny("fst")))
+    assert [row["train/dropped_steps"] for row in rows] == ["0"] * 3 + ["1"] + ["2"] * 8
+    assert rows[3]["train/loss"] == "nan"
+    assert math.isfinite(float(rows[-1]["val/loss"]))
+
+
+def test_a_nan_step_stops_the_run_if_asked_to(tiny, monkeypatch, tmp_path):
+    poison(monkeypatch, {6})
+    with pytest.raises(UserError, match=r"trainer.guard.nonfinite: .* at step 6: training stopped"):
+        train.run(tiny("fst", trainer__guard__nonfinite="stop"))
+    assert store.list_steps(tmp_path / "run" / runs.CHECKPOINTS) == [4]
+    assert not (tmp_path / "run" / runs.SUMMARY_FILE).exists()
+
+
+def test_nothing_but_nan_stops_the_run(tiny, monkeypatch):
+    poison(monkeypatch, set(range(100)))
+    with pytest.raises(UserError, match="more than 5 steps in a row"):
+        train.run(tiny("fst", trainer__guard__max_skipped=5))
+
+
+def test_resume_from_another_run(tiny, tmp_path):
+    train.run(tiny("dense", "first"))
+    cfg = tiny("dense", "second", trainer__steps=20, optimizer__lr=1e-3, resume=str(tmp_path / "first"))
+    rows = metrics(train.run(cfg))
+    assert [int(row["step"]) for row in rows] == list(range(13, 21))
+    with pytest.raises(UserError, match=r"resume: found a checkpoint of another model: model.d_model=16 there, 32 here"):
+        train.run(tiny("dense", "third", trainer__steps=20, model__d_model=32, resume=str(tmp_path / "first")))
+    with pytest.raises(UserError, match=r"trainer.steps: found 12, but resume names a checkpoint of step 12"):
+        train.run(tiny("dense", "fourth", resume=str(tmp_path / "first")))
+
+
+def test_a_folder_of_another_run_is_refused(tiny, tmp_path):
+    train.run(tiny("dense"))
+    with pytest.raises(UserError, match=r"run_dir: .*optimizer.lr=0.003 where this one has 0.001"):
+        train.run(tiny("dense", optimizer__lr=1e-3))
+    with pytest.raises(UserError, match="resume: found never"):
+        train.run(tiny("dense", resume="never"))
+
+
+def test_sequences_and_embedding_must_fit(tiny):
+    with pytest.raises(UserError, match=r"model.vocab_size: found 100; allowed: at least the tokenizer's 320"):
+        train.run(tiny(model__vocab_size=100))
+    with pytest.raises(UserError, match=r"data.seq_len: found 32; allowed: at most model.max_seq_len=16"):
+        train.run(tiny(data__seq_len=32))
+
+
+def test_too_little_disk_is_told_before_the_start(tiny, tmp_path, monkeypatch):
+    usage = train.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"run_dir: found 0.00 GB free"):
+        train.run(tiny())
+    assert not (tmp_path / "run" / runs.METRICS_FILE).exists()
+
+
+def test_an_unwritable_run_folder(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="run_dir: .* cannot be written"):
+        train.run(tiny(run_dir=str("file/run")))
+
+
+def test_worker_does_nothing_for_a_complete_run(tiny, tmp_path):
+    train.run(tiny())
+    (tmp_path / "run" / runs.CONFIG_FILE).unlink()
+    worker.run(tmp_path / "run")

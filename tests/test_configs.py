@@ -1,0 +1,72 @@
+"""Every shipped YAML composes into a valid run, and says every option there is."""
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from sparse_pretrain import cli, config
+from sparse_pretrain.config import TrainConfig
+from sparse_pretrain.paths import config_dir
+from sparse_pretrain.sparsity import load_recipe
+
+GROUPS = ["model", "data", "recipe", "optimizer", "scheduler", "trainer", "logger", "experiment", "debug"]
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((config_dir() / group).glob("*.yaml"))]
+
+
+def composed(*overrides) -> TrainConfig:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return config.load(TrainConfig, cli._plain(compose("train", overrides=list(overrides))))
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda value: value)
+def test_every_choice_makes_a_valid_run(group, choice):
+    extra = ["data.train=[x]"] if choice == "text" else []
+    cfg = composed(f"{group}={choice}", *extra)
+    config.check(cfg)
+    if group in ("model", "data", "recipe"):
+        assert getattr(cfg, group).name == choice
+
+
+@pytest.mark.parametrize(("group", "choice"), [c for c in CHOICES if c[0] not in ("experiment", "debug")], ids=lambda value: value)
+def test_every_file_lists_every_option(group, choice):
+    """Hydra only takes overrides of options that the YAML names."""
+    schema = {"model": config.ModelConfig, "data": config.DataConfig, "recipe": config.RecipeConfig, "optimizer": config.OptimizerConfig,
+              "scheduler": config.SchedulerConfig, "trainer": config.TrainerConfig, "logger": config.LoggerConfig}[group]  # fmt: skip
+    listed = config.flatten(yaml.safe_load((config_dir() / group / f"{choice}.yaml").read_text()))
+    assert set(listed) == set(config.options(schema))
+
+
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "train"])
+def test_every_command_lists_every_option(name):
+    listed = yaml.safe_load((config_dir() / f"{name}.yaml").read_text())
+    assert set(listed) - {"hydra", "defaults"} == set(config.options(cli.COMMANDS[name].schema))
+
+
+def test_recipes_load_without_hydra():
+    for path in (config_dir() / "recipe").glob("*.yaml"):
+        assert load_recipe(path.stem) == composed(f"recipe={path.stem}").recipe
+
+
+def test_fst_is_as_published():
+    fst = load_recipe("fst")
+    assert (fst.projection, fst.weight_gradient) == ("transposable", "mvue")
+    assert (fst.decay.place, fst.decay.factor) == ("gradient", 6e-5)
+    assert fst.schedule.refresh_every == 40
+    assert fst.schedule.dense_finetune == pytest.approx(1 / 6)
+    cfg = composed("experiment=gpt2_350m_fst")
+    assert (cfg.recipe.decay.factor, cfg.trainer.steps, cfg.optimizer.lr) == (2e-4, 300_000, 1.5e-4)
+    assert cfg.optimizer.lr * cfg.scheduler.final_lr_share == pytest.approx(1e-5)
+
+
+def test_no_yaml_names_code():
+    for path in config_dir().rglob("*.yaml"):
+        assert "_target_" not in path.read_text()
+        OmegaConf.load(path)
+
+
+def test_the_same_options_give_the_same_folder():
+    first, second = composed("seed=3"), composed("seed=3", "trainer.devices=2", "data.num_workers=0", "logger=wandb")
+    assert config.resolve_run_dir(first) == config.resolve_run_dir(second)
+    assert config.resolve_run_dir(first) != config.resolve_run_dir(composed("seed=4"))
+    assert config.resolve_run_dir(first).name.startswith("gpt_nano-fst-")

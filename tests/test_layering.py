@@ -1,0 +1,85 @@
+"""Imports go one way: read off the syntax trees."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# package or module of sparse_pretrain -> what of ours it may import
+ALLOWED = {
+    "errors": [],
+    "paths": [],
+    "config": ["errors"],
+    "hardware": ["errors"],
+    "runs": ["config", "errors"],
+    "models": ["config"],
+    "data": ["config", "errors", "paths"],
+    "optim": ["config", "sparse24"],
+    "checkpoint": ["errors"],
+    "evaluation": [],
+    "sparsity": ["config", "errors", "paths", "optim", "sparse24"],
+    "tasks": ["config", "errors", "runs", "hardware", "models", "optim", "sparsity", "evaluation", "checkpoint"],
+    "loggers": ["config", "runs"],
+    "reporting": ["config", "errors", "runs"],
+    "worker": ["config", "errors", "runs", "hardware", "loggers", "data", "models", "checkpoint", "tasks"],
+    "launch": ["config", "worker"],
+    "train": ["config", "errors", "runs", "hardware", "data", "checkpoint", "tasks", "launch", "report"],
+    "evaluate": ["config", "errors", "hardware", "data", "evaluation", "sparsity", "tasks"],
+    "generate": ["config", "hardware", "data", "tasks"],
+    "report": ["config", "errors", "runs", "reporting"],
+    "doctor": ["config", "hardware", "paths"],
+    "cli": ["config", "errors", "paths"],
+}
+NEVER_IN_SPARSE24 = ("lightning", "hydra", "omegaconf", "transformers", "sparse_pretrain")
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names imported anywhere in a file, ours as `models` for sparse_pretrain.models."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            modules = [f"{node.module}.{alias.name}" if node.module == "sparse_pretrain" else str(node.module) for alias in node.names]
+        else:
+            continue
+        for module in modules:
+            top, *rest = module.split(".")
+            names.add(rest[0] if top == "sparse_pretrain" and rest else top)
+    return names
+
+
+FILES = sorted((ROOT / "sparse_pretrain").rglob("*.py"))
+OURS = set(ALLOWED) | {"sparse24"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    part = path.relative_to(ROOT / "sparse_pretrain").parts[0].removesuffix(".py")
+    if part == "__init__":
+        return
+    assert part in ALLOWED, f"say in this file what {part} may import"
+    upward = (imports(path) & OURS) - set(ALLOWED[part]) - {part}
+    assert not upward, f"{path.name} imports {upward}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels" / "sparse24").rglob("*.py")), ids=lambda path: path.name)
+def test_sparse24_stands_alone(path):
+    assert not imports(path) & (set(NEVER_IN_SPARSE24) | set(ALLOWED))
+
+
+def test_kernels_is_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()  # it would shadow the installed package of that name
+
+
+@pytest.mark.parametrize("path", FILES + sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_runs_code_from_data(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            assert not (isinstance(node.func, ast.Name) and name in ("eval", "exec")), f"{path}:{node.lineno}"
+            if name == "load" and isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") == "torch":
+                safe = [k for k in node.keywords if k.arg == "weights_only" and getattr(k.value, "value", False) is True]
+                assert safe, f"{path}:{node.lineno}: torch.load without weights_only=True"
