@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -28,7 +29,7 @@ DENSE_COLOURS = ("#000000", "#7a7a7a")
 SHARED = "#555555"  # what belongs to several runs
 MARKERS = "osD^vP"
 KEPT, PRUNED, LOST, GAINED = "#5b6770", "#ffffff", "#D55E00", "#0072B2"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and read out
     "svg.hashsalt": "sparse-pretrain",
     "font.size": 9.0,
@@ -48,11 +49,11 @@ class RunStyle:
     label: str
     colour: str
     marker: str
-    line: str
+    line: Any
 
 
 def run_styles(runs: Sequence[RunData], labels: Sequence[str]) -> list[RunStyle]:
-    """A colour and a marker per run, the same in every figure; the line changes where the colours begin again."""
+    """A colour and a marker per run, the same in every figure; its line changes when colours run out."""
     counts = {True: 0, False: 0}
     styles = []
     for run, label in zip(runs, labels, strict=True):
@@ -142,7 +143,7 @@ def change_picture(first: np.ndarray, last: np.ndarray) -> str:
 
 def _png(pixels: np.ndarray) -> str:
     file = io.BytesIO()
-    imsave(file, pixels, format="png", metadata={"Software": None})
+    imsave(file, pixels, format="png", metadata={"Software": ""})
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -186,8 +187,8 @@ def _losses(ax: Axes, runs: Sequence[RunData], styles: Sequence[RunStyle], colum
         ax.axvline(at, color=colour, linestyle=":", linewidth=1)
         if mark < 8:  # below one another, as long as they do not get down to the curves
             ax.annotate(
-                f" {phase} ", (at, 0.985 - 0.055 * mark), xycoords=("data", "axes fraction"), va="top", fontsize=8,
-                ha="right" if at > ax.get_xlim()[1] / 2 else "left", color=colour,
+                f" {phase} ", (at, 0.985 - 0.055 * mark), xycoords=("data", "axes fraction"), color=colour,
+                ha="right" if at > ax.get_xlim()[1] / 2 else "left", va="top", fontsize=8,
                 bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.8},
             )  # fmt: skip
 
@@ -203,10 +204,10 @@ def _columns(handles: Sequence[Artist], width: int) -> int:
     return len(handles) if sum(lengths) <= width else max(1, width // max(lengths))
 
 
-def _validation(style: RunStyle, points: int) -> dict[str, object]:
+def _validation(style: RunStyle, points: int) -> dict[str, Any]:
     return {
-        "color": style.colour, "linestyle": style.line, "linewidth": 1.6, "marker": style.marker, "markersize": 4,
-        "markevery": max(1, points // 16),
+        "color": style.colour, "linestyle": style.line, "linewidth": 1.6, "marker": style.marker,
+        "markersize": 4, "markevery": max(1, points // 16),
     }  # fmt: skip
 
 
@@ -218,7 +219,7 @@ def _handle(style: RunStyle) -> Line2D:
 
 
 def _loss_range(runs: Sequence[RunData]) -> tuple[float, float]:
-    """The losses to show: the initial drop, the first tenth of a run, would leave no room for what differs."""
+    """The losses to show: those of a run's first tenth would leave no room for what differs."""
     lowest, highest = [], []
     for run in runs:
         steps, loss = run.logged("step", "train/loss")
@@ -232,7 +233,7 @@ def _loss_range(runs: Sequence[RunData]) -> tuple[float, float]:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over three rows, or a thirtieth of them: unlike an exponential one, it does not lag."""
+    """Centred moving average over three rows, or a thirtieth: an exponential one would lag."""
     half = 1 + len(values) // 60
     sums = np.concatenate([[0.0], np.cumsum(values)])
     i = np.arange(len(values))
@@ -251,7 +252,7 @@ def _with_dense(
 
 
 def _gap(run: RunData, dense: RunData) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens, and validation loss minus the dense run's at the same step; without the first tenth, whose large
+    """Tokens, and validation loss minus the dense run's at the same step; not of the first tenth, whose large
     differences would hide the others."""
     steps, loss = run.logged("step", "val/loss")
     tokens, _ = run.logged("tokens", "val/loss")

@@ -13,32 +13,48 @@ from sparse_pretrain.reporting.run_data import RunData, dense_first, labels
 from sparse_pretrain.reporting.table import HEADER, compare, rate
 
 CSS = """
-:root { color-scheme: light dark; --ink: #1c2226; --soft: #5d6a72; --line: #d8dee2; --page: #fff; --shade: #f5f7f8 }
+:root { color-scheme: light dark; --ink: #1c2226; --soft: #5d6a72; --line: #d8dee2; --page: #fff }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ea; --soft: #9aa6ad; --line: #3a444a; --page: #14191c; --shade: #1d2428 }
+  :root { --ink: #e4e8ea; --soft: #9aa6ad; --line: #3a444a; --page: #14191c }
 }
 body { margin: 0 auto; max-width: 1080px; padding: 24px 20px 48px; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", Arial, sans-serif }
-h1 { font-size: 24px; margin: 0 0 4px } h2 { font-size: 18px; margin: 32px 0 8px } h3 { font-size: 15px; margin: 18px 0 6px }
-p, ul { max-width: 78ch; margin: 6px 0 } ul { padding-left: 20px }
-.soft, figcaption, caption { color: var(--soft); font-size: 13px }
+h1 { font-size: 24px; margin: 0 0 4px }
+h2 { font-size: 18px; margin: 32px 0 8px }
+h3 { font-size: 15px; margin: 18px 0 6px }
+p, ul { max-width: 78ch; margin: 6px 0 }
+ul { padding-left: 20px }
+.soft, figcaption { color: var(--soft); font-size: 13px }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; margin: 10px 0; font-variant-numeric: tabular-nums }
-th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
-th { font-weight: 600 } thead th { color: var(--soft); font-size: 13px; white-space: nowrap }
-.numbers td { white-space: nowrap } .numbers td, .numbers th { text-align: right; padding: 6px 0 6px 20px }
-.numbers th:first-child { text-align: left; padding-left: 0 } .right { text-align: right }
-.swatch { display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin-right: 8px;
-  box-shadow: 0 0 0 1px var(--soft) }
-figure { margin: 10px 0 18px } .card { background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: 8px }
+th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line) }
+th, td { text-align: left; vertical-align: top }
+th { font-weight: 600 }
+thead th { color: var(--soft); font-size: 13px; white-space: nowrap }
+.right { text-align: right }
+.numbers td, .numbers th { padding: 6px 0 6px 20px; text-align: right; white-space: nowrap }
+.numbers th:first-child { padding-left: 0; text-align: left }
+.swatch { display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin: 0 8px 0 1px;
+  box-shadow: 0 0 0 1px var(--soft); print-color-adjust: exact }
+figure { margin: 10px 0 18px }
+.card { background: #fff; border: 1px solid var(--line); border-radius: 6px }
+.card { padding: 8px; margin-bottom: 4px }
 .card svg { display: block; max-width: 100%; height: auto; margin: 0 auto }
 .masks th, .masks td { border: 0; padding: 0 12px 8px 0; font-weight: 400; font-size: 13px }
-.masks img { display: block; width: 256px; image-rendering: pixelated; border: 1px solid var(--line) }
 .masks tbody th { padding: 4px 0 2px }
+.masks img { display: block; width: 256px; image-rendering: pixelated; border: 1px solid var(--line) }
+details { margin: 10px 0; border-top: 1px solid var(--line); padding-top: 10px }
+details tbody th { font-size: 13px; font-weight: 400 }
+summary { cursor: pointer; font-weight: 600 }
 tbody td:has(> code) { min-width: 11ch }
-details { margin: 10px 0; border-top: 1px solid var(--line); padding-top: 10px } summary { cursor: pointer; font-weight: 600 }
-code { font: 12.5px/1.4 ui-monospace, "SF Mono", Consolas, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere }
-@media print { body { max-width: none; padding: 0 } figure, tr { break-inside: avoid } .wide { overflow: visible } }
+code { font: 12.5px/1.4 ui-monospace, Consolas, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere }
+@media print {
+  body { max-width: none; padding: 0 }
+  figure, tr { break-inside: avoid }
+  h2, h3 { break-after: avoid }
+  .wide { overflow: visible }
+  .masks img { width: 160px }
+}
 """
 
 
@@ -102,10 +118,13 @@ def _comparison(runs: Sequence[RunData], styles: Sequence[figures.RunStyle]) -> 
         for cells, style in zip(comparison.cells, styles, strict=True)
     )
     notes = "".join(f"<li>{escape(note)}</li>" for note in [*comparison.notes, *_how_to_read(runs)])
-    return (
-        f'<div class="wide"><table class="numbers"><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
-        f'<ul class="soft">{notes}</ul>'
-    )
+    return f'{_grid(head, rows, "numbers")}\n<ul class="soft">{notes}</ul>'
+
+
+def _grid(head: str, rows: str, style: str = "") -> str:
+    """A table that scrolls by itself where the page is too narrow for it."""
+    head = f"<thead><tr>{head}</tr></thead>\n" if head else ""
+    return f'<div class="wide"><table class="{style}">{head}<tbody>\n{rows}</tbody></table></div>'
 
 
 def _how_to_read(runs: Sequence[RunData]) -> list[str]:
@@ -113,8 +132,8 @@ def _how_to_read(runs: Sequence[RunData]) -> list[str]:
     on_cpu = [run for run in runs if not run.is_dense and run.facts["device"].startswith("CPU")]
     if on_cpu:
         notes.append(
-            "On a CPU the 2:4 products run as dense products on masked weights: the losses are those of sparse "
-            "training, the speed is not, and a sparse run is no faster than dense here."
+            "On a CPU the 2:4 products run as dense products on masked weights: the losses are those of "
+            "sparse training, the speed is not, and a sparse run is no faster than dense here."
         )
     if len(runs) > 1 and len({run.config.seed for run in runs}) == 1:
         notes.append(
@@ -126,16 +145,16 @@ def _how_to_read(runs: Sequence[RunData]) -> list[str]:
 def _curves(runs: Sequence[RunData], styles: Sequence[figures.RunStyle]) -> list[str]:
     loss = figures.loss_figure(runs, styles)
     parts = [
-        f'<figure><div class="card">{loss}</div><figcaption>The first tenth of a run may lie above the picture. '
-        "Time is time of training: without validation, checkpoints and the pauses of a resumed run. Dotted lines: "
-        "in its colour, a run changes its phase.</figcaption></figure>"
+        f'<figure><div class="card">{loss}</div><figcaption>The first tenth of a run may lie above '
+        "the picture. Time is time of training: without validation, checkpoints and pauses of a resumed run. "
+        "Dotted lines: a run (in its colour; grey: several) begins a phase there.</figcaption></figure>"
     ]
     sparsity = figures.sparsity_figure(runs, styles)
     if sparsity:
         parts.append(
             f'<figure><div class="card">{sparsity}</div><figcaption>Above dense: zero is as good as dense. '
-            "Flip rates are comparable between runs with the same refresh interval only; a rate that falls to near "
-            "zero by the end says that the masks have settled.</figcaption></figure>"
+            "Flip rates are comparable between runs with the same refresh interval only; a rate that "
+            "falls to near zero by the end says that the masks have settled.</figcaption></figure>"
         )
     return parts
 
@@ -146,8 +165,8 @@ def _masks(runs: Sequence[RunData], names: Sequence[str]) -> list[str]:
         return []
     parts = [
         "<h2>Masks</h2>",
-        '<p class="soft">The upper left corner of some masks: a row is an output, a column an input feature; dark is '
-        "kept. In the last column, what changed: "
+        '<p class="soft">The upper left corner of some masks: a row is an output, a column an input feature; '
+        "dark is kept. In the last column, what changed: "
         f'<span class="swatch" style="background:{figures.LOST}"></span>pruned since, '
         f'<span class="swatch" style="background:{figures.GAINED}"></span>kept since.</p>',
     ]
@@ -166,9 +185,7 @@ def _masks(runs: Sequence[RunData], names: Sequence[str]) -> list[str]:
             rows.append(
                 f'<tr><th colspan="{len(cells)}"><code>{escape(layer)}</code></th></tr><tr>{pictures}</tr>\n'
             )
-        parts.append(
-            f'<h3>{escape(name)}</h3>\n<div class="wide"><table class="masks"><tbody>{"".join(rows)}</tbody></table></div>'
-        )
+        parts.append(f"<h3>{escape(name)}</h3>\n{_grid('', ''.join(rows), 'masks')}")
     return parts
 
 
@@ -176,16 +193,18 @@ def _layers(run: RunData, name: str) -> str:
     flips = run.summary.get("layer_flip_rates", {})
     rows = "".join(
         f"<tr><td><code>{escape(row['name'])}</code></td>"
-        f'<td class="right">{row["out_features"]} &times; {row["in_features"]}</td><td>{escape(_kind(row))}</td>'
+        f'<td class="right">{row["out_features"]} &times; {row["in_features"]}</td>'
+        f"<td>{escape(_kind(row))}</td>"
         f'<td class="right">{rate(flips[row["name"]]) if row["name"] in flips else ""}</td></tr>\n'
         for row in run.facts["layers"]
     )
     sparse = sum(row["sparse"] for row in run.facts["layers"])
-    return (
-        f"<details><summary>Layers of {escape(name)}: {sparse} of {len(run.facts['layers'])} linear layers 2:4</summary>\n"
-        '<div class="wide"><table><thead><tr><th>layer</th><th class="right">shape (out &times; in)</th><th>weights</th>'
-        f'<th class="right">last flip rate</th></tr></thead>\n<tbody>{rows}</tbody></table></div></details>'
+    head = (
+        '<th>layer</th><th class="right">shape (out &times; in)</th><th>weights</th>'
+        '<th class="right">last flip rate</th>'
     )
+    title = f"Layers of {escape(name)}: {sparse} of {len(run.facts['layers'])} linear layers 2:4"
+    return f"<details><summary>{title}</summary>\n{_grid(head, rows)}</details>"
 
 
 def _kind(row: dict[str, object]) -> str:
@@ -241,10 +260,7 @@ def _table(title: str, names: Sequence[str], rows: list[list[str]]) -> str:
             else "".join(f"<td><code>{escape(value)}</code></td>" for value in values)
         )
         body += f"<tr><th>{escape(key)}</th>{cells}</tr>\n"
-    return (
-        f'<details><summary>{escape(title)}</summary>\n<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>{body}</tbody></table></div></details>"
-    )
+    return f"<details><summary>{escape(title)}</summary>\n{_grid(head, body)}</details>"
 
 
 def _value(value: object) -> str:

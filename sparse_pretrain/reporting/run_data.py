@@ -27,7 +27,7 @@ class RunData:
         rows: metrics column -> one float64 per logged step; nan where nothing was logged.
         phases: the phase of each row.
         summary: summary.json; empty for a run that is not complete.
-        snapshots: step -> layer name -> corner of the mask, bool (rows, columns): the first, the middle and the last.
+        snapshots: step -> layer name -> corner of the mask, bool (rows, columns); first, middle and last.
     """
 
     folder: Path
@@ -76,8 +76,18 @@ class RunData:
 
 
 def read_run(folder: Path) -> RunData:
-    """Raises UserError: not a run folder, one of a version with other options, or one without metrics so far."""
-    config = runs.read_config(folder)
+    """The run in `folder`, complete or not.
+
+    Raises:
+        UserError: not a run folder, one of a version with other options, or one without metrics so far.
+    """
+    try:
+        config = runs.read_config(folder)
+    except UserError as error:
+        if not (folder / runs.CONFIG_FILE).is_file():
+            raise
+        # Among several folders, the option alone would not tell which one it is about.
+        raise UserError("runs", f"{folder}, whose config has {error}", "runs of this version") from error
     facts = runs.read_json(folder / runs.RUN_FILE)
     lines = runs.read_rows(folder / runs.METRICS_FILE)
     if not (lines and facts):
@@ -99,7 +109,7 @@ def _read_snapshots(folder: Path) -> dict[int, dict[str, np.ndarray]]:
     snapshots = {}
     for path in {paths[0], paths[len(paths) // 2], paths[-1]} if paths else ():
         try:
-            with np.load(path) as masks:
+            with open(path, "rb") as file, np.load(file) as masks:
                 snapshots[int(path.stem.removeprefix("step-"))] = {
                     name: masks[name].astype(bool) for name in masks
                 }
@@ -114,15 +124,15 @@ def dense_first(runs: Sequence[RunData]) -> list[RunData]:
 
 
 def labels(runs: Sequence[RunData]) -> list[str]:
-    """What to call each run: its recipe if no other run has it, else its folder, without what all of those begin with."""
+    """What to call each run: its recipe if no other has it, else its folder without what all begin with."""
     recipes = [run.recipe for run in runs]
     names = [run.name for run in runs if recipes.count(run.recipe) > 1]
-    shared = os.path.commonprefix(names).rfind("-") + 1
+    shared = os.path.commonprefix(names).rfind("-") + 1  # noqa: RUF071 (these are no paths)
     return [run.recipe if recipes.count(run.recipe) == 1 else run.name[shared:] for run in runs]
 
 
 def same_but_recipe(run: RunData, other: RunData) -> bool:
-    """Whether the two runs differ in the recipe alone: the same model, corpus, seed, steps and other options."""
+    """Whether the two runs differ in the recipe alone: the same model, corpus, seed, steps and so on."""
     options, others = (
         {option: value for option, value in identity(r.config).items() if not option.startswith("recipe.")}
         for r in (run, other)

@@ -58,13 +58,12 @@ def test_page_is_well_formed_and_escaped(page):
     parser = Balanced()
     parser.feed(page)
     assert not parser.open
-    assert (
-        parser.tags["svg"] == 2
-        and parser.tags["details"] == 5
-        and not parser.tags["b"]
-        and not parser.tags["script"]
-    )
-    assert "&lt;b&gt;&amp;&#x27;&quot;x" in page and "126 &amp; 126 &lt;4&gt;" in page
+    assert parser.tags["svg"] == 2
+    assert parser.tags["details"] == 5
+    assert not parser.tags["b"]
+    assert not parser.tags["script"]
+    assert "&lt;b&gt;&amp;&#x27;&quot;x" in page
+    assert "126 &amp; 126 &lt;4&gt;" in page
     for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
         ElementTree.fromstring(svg)
 
@@ -85,7 +84,8 @@ def test_page_needs_nothing_else(page):
 def test_page_says_what_the_numbers_mean(page):
     assert "On a CPU the 2:4 products run as dense products on masked weights" in page
     assert "not complete, at step 230 of 400" in page
-    assert "sparse-pretrain train run_dir=" in page and "f6ab6f3ceb31" in page
+    assert "sparse-pretrain train run_dir=" in page
+    assert "f6ab6f3ceb31" in page
 
 
 def test_gpu_page_makes_no_excuse(make_run, tmp_path):
@@ -119,7 +119,8 @@ def test_colours_tell_runs_apart_and_hold_over_figures(make_run):
 
 def test_initial_drop_is_not_shown(make_run):
     low, high = figures._loss_range([read_run(make_run("dense", 4.0))])
-    assert 3.8 < low < 4.0 and 5.5 < high < 6.6  # the first row is near 8.6
+    assert 3.8 < low < 4.0
+    assert 5.5 < high < 6.6
 
 
 def test_command_takes_every_run_of_a_folder(make_run, tmp_path, capsys):
@@ -127,7 +128,8 @@ def test_command_takes_every_run_of_a_folder(make_run, tmp_path, capsys):
     (make_run("fst") / "metrics.csv").unlink()
     report.run(ReportConfig(runs_dir=str(tmp_path / "runs")))
     printed = capsys.readouterr()
-    assert "ste" in printed.out and f"Report: {tmp_path / 'runs' / 'report.html'}" in printed.out
+    assert "ste" in printed.out
+    assert f"Report: {tmp_path / 'runs' / 'report.html'}" in printed.out
     assert "left out gpt_nano-fst-00000001" in printed.err
     assert (tmp_path / "runs" / "report.html").is_file()
 

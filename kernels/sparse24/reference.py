@@ -1,0 +1,312 @@
+"""What each 2:4 operator means, in plain PyTorch on any device: the truth that every kernel is tested against.
+
+Here are the masks, the soft threshold, the unbiased pruning of gradients (MVUE) and the three products of a linear
+layer; packing and random numbers have files of their own and are found here too.
+
+Shapes: weight (out_features, in_features), activations and their gradients (tokens, features). A *group* is four
+consecutive elements along the contraction dimension: along in_features for weights, along tokens for gradients.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse24.packing import Packed, pack, unpack
+from sparse24.philox import uniform24
+
+__all__ = [
+    "TRANSPOSABLE_PATTERNS",
+    "Packed",
+    "linear_dw",
+    "linear_dx",
+    "linear_forward",
+    "magnitude_mask",
+    "mvue24",
+    "mvue24_fast",
+    "pack",
+    "soft_threshold",
+    "soft_threshold_scale",
+    "transposable_mask",
+    "uniform24",
+    "unpack",
+]
+
+# the columns that a row keeps, in the order that ties are broken: 01 02 03 12 13 23
+ROW_PATTERNS = tuple(combinations(range(4), 2))
+
+
+def _transposable_choices() -> list[tuple[int, ...]]:
+    """The 90 choices of a row pattern for each of four rows that keep two entries in every column as well."""
+    return [
+        rows
+        for rows in product(range(6), repeat=4)
+        if all(sum(column in ROW_PATTERNS[row] for row in rows) == 2 for column in range(4))
+    ]
+
+
+_CHOICES = _transposable_choices()
+# (90, 4, 4) boolean, True = kept: all 4x4 blocks that are 2:4 along rows and along columns, in lexicographic order
+TRANSPOSABLE_PATTERNS = torch.tensor(
+    [[[column in ROW_PATTERNS[row] for column in range(4)] for row in rows] for rows in _CHOICES]
+)
+
+
+# --- masks and the soft threshold -----------------------------------------------------------------------------------
+
+
+def _check_weight(weight: Tensor) -> None:
+    if not weight.is_floating_point():
+        raise ValueError(f"weight must be floating point; found {weight.dtype}")
+    if weight.dim() == 0 or weight.shape[-1] % 4:
+        raise ValueError(f"in_features must be a multiple of 4; found {weight.shape[-1] if weight.dim() else 'none'}")
+
+
+def magnitude_mask(weight: Tensor) -> Tensor:
+    """The 2:4 mask that keeps the two largest |w| of each group.
+
+    A tie keeps the lower index. NaN counts as infinite, so NaNs and infinities are kept before anything else: a
+    group hides one only if it holds more than two.
+
+    Args:
+        weight: (..., in_features), floating point, any strides.
+
+    Returns:
+        boolean of the same shape, True = kept.
+
+    Raises:
+        ValueError: in_features is not a multiple of 4, or the dtype is not floating point.
+    """
+    _check_weight(weight)
+    magnitude = weight.detach().unflatten(-1, (-1, 4)).movedim(-1, 0).contiguous().abs()
+    a0, a1, a2, a3 = magnitude.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    # b_ij: j > i goes before i. Entry i is kept unless at least two of the others go before it.
+    b01, b02, b03, b12, b13, b23 = a1 > a0, a2 > a0, a3 > a0, a2 > a1, a3 > a1, a3 > a2
+    dropped = (
+        _majority(b01, b02, b03),
+        _majority(~b01, b12, b13),
+        _majority(~b02, ~b12, b23),
+        _majority(~b03, ~b13, ~b23),
+    )
+    return torch.stack(dropped, dim=-1).logical_not_().reshape(weight.shape)
+
+
+def _majority(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return (a & b) | (c & (a | b))
+
+
+# Entries of a transposable mask's score are capped here, so that a sum of eight stays finite and more NaNs or
+# infinities always score higher.
+SCORE_CAP = 2.0**123
+
+
+def transposable_mask(weight: Tensor) -> Tensor:
+    """The mask that is 2:4 along rows and along columns and keeps the largest Σ|w| of each 4x4 block.
+
+    The best of the 90 patterns of `TRANSPOSABLE_PATTERNS`, hence optimal (FST, arXiv 2404.01847, algorithm 1). The
+    order of evaluation is part of the definition, so that backends agree bit for bit: |w| in float32, capped at 2¹²³,
+    NaN as 2¹²³; a row scores (first kept + second kept), a pattern (row 0 + row 1) + (row 2 + row 3); the first of
+    the patterns with the largest score is taken. Owing to the cap a block keeps as many of its NaNs, infinities and
+    values from 2¹²³ on as any pattern can.
+
+    Args:
+        weight: (out_features, in_features), floating point, any strides.
+
+    Returns:
+        boolean of the same shape, True = kept.
+
+    Raises:
+        ValueError: the shape is not two multiples of 4, or the dtype is not floating point.
+    """
+    _check_weight(weight)
+    if weight.dim() != 2 or weight.shape[0] % 4:
+        raise ValueError(f"weight must be (out_features, in_features), multiples of 4; found {tuple(weight.shape)}")
+    rows, columns = weight.shape[0] // 4, weight.shape[1] // 4
+    blocks = weight.detach().reshape(rows, 4, columns, 4).permute(1, 3, 0, 2).float().abs().reshape(4, 4, -1)
+    blocks = blocks.nan_to_num_(nan=SCORE_CAP).clamp_(max=SCORE_CAP)
+    row_score = [[row[i] + row[j] for i, j in ROW_PATTERNS] for row in blocks]
+
+    best = torch.full_like(blocks[0, 0], -1.0)
+    index = torch.zeros_like(best, dtype=torch.uint8)
+    score, better = torch.empty_like(best), torch.empty_like(index, dtype=torch.bool)
+    for number, (p0, p1, p2, p3) in enumerate(_CHOICES):
+        torch.add(row_score[2][p2], row_score[3][p3], out=score)
+        score += row_score[0][p0] + row_score[1][p1]
+        torch.gt(score, best, out=better)
+        torch.maximum(best, score, out=best)
+        # numbers grow, so the one to remember is the largest that was better (far faster than a masked write)
+        torch.maximum(index, better.view(torch.uint8).mul_(number), out=index)
+    mask = TRANSPOSABLE_PATTERNS.to(weight.device)[index.int()]
+    return mask.reshape(rows, columns, 4, 4).transpose(1, 2).reshape(weight.shape)
+
+
+def soft_threshold(weight: Tensor) -> Tensor:
+    """S(W)_i = sign(w_i)·max(|w_i| − τ, 0), with τ the third largest |w| of the group (S-STE, arXiv 2409.09099).
+
+    Continuous in the weight, with at most two non-zeros in each group. A group that holds a NaN becomes all NaN, as
+    do the infinities of a group that holds three or more.
+
+    Args:
+        weight: (..., in_features), floating point, any strides.
+
+    Returns:
+        same shape and dtype.
+
+    Raises:
+        ValueError: in_features is not a multiple of 4, or the dtype is not floating point.
+    """
+    _check_weight(weight)
+    groups = weight.unflatten(-1, (-1, 4))
+    a0, a1, a2, a3 = groups.abs().unbind(-1)
+    third = torch.minimum(
+        torch.maximum(torch.minimum(a0, a1), torch.minimum(a2, a3)),
+        torch.minimum(torch.maximum(a0, a1), torch.maximum(a2, a3)),
+    ).unsqueeze(-1)
+    return (groups - groups.clamp(-third, third)).reshape(weight.shape)
+
+
+def soft_threshold_scale(weight: Tensor) -> Tensor:
+    """β = ⟨W, S(W)⟩ / ⟨S(W), S(W)⟩, which minimises ‖W − β·S(W)‖² (S-STE, arXiv 2409.09099).
+
+    Meant to be computed once, right after initialisation, and frozen: Gaussian weights of any scale give 1.4837.
+
+    Returns:
+        0-dim float32; NaN if S(W) is zero everywhere.
+    """
+    dense, soft = weight.float(), soft_threshold(weight.float())
+    return (dense * soft).sum() / (soft * soft).sum()
+
+
+# --- MVUE: unbiased 2:4 pruning of gradients along tokens -----------------------------------------------------------
+
+
+def _token_groups(grad: Tensor, *uniforms: Tensor) -> Tensor:
+    """`grad` (tokens, features) as (ceil(tokens / 4), 4, features) float32, zero rows at the end if need be."""
+    if grad.dim() != 2 or not grad.is_floating_point():
+        raise ValueError(f"grad must be floating point (tokens, features); found {grad.dtype} {tuple(grad.shape)}")
+    tokens, features = grad.shape
+    shape = (-(-tokens // 4), features)
+    for uniform in uniforms:
+        if uniform.shape != shape or uniform.dtype != torch.float32:
+            raise ValueError(
+                f"uniform must be float32 of shape {shape}, one for each group of 4 tokens; "
+                f"found {uniform.dtype} of {tuple(uniform.shape)}"
+            )
+    if tokens % 4:
+        grad = F.pad(grad, (0, 0, 0, -tokens % 4))
+    return grad.float().reshape(-1, 4, features)
+
+
+def mvue24(grad: Tensor, uniform: Tensor) -> Tensor:
+    """The minimum-variance unbiased 2:4 estimator of a gradient, along tokens (Chmiel et al. 2022, arXiv 2203.10991).
+
+    Entry i of a group a is kept with probability p_i = min(1, c·|a_i|), Σp_i = 2, as a_i / p_i. So if the largest
+    |a| is at least the sum of the other three, it is kept unchanged, and one of the others as sign(a_i)·(their sum)
+    with probability |a_i| / (their sum); otherwise two entries are kept as sign(a_i)·Σ|a|/2. They are drawn by
+    systematic sampling: with c_i the cumulative sums of p, those for which u or u + 1 lies in [c_{i−1}, c_i).
+
+    A group with fewer than three non-zeros comes back unchanged. One infinity is kept like any largest entry; a group
+    with a NaN, with several infinities, or whose sum overflows float32 becomes four NaNs: never hidden.
+
+    Args:
+        grad: (tokens, features), floating point; padded with zero tokens to a multiple of 4.
+        uniform: (ceil(tokens / 4), features) float32 in [0, 1), as from `uniform24`.
+
+    Returns:
+        (tokens, features) in grad's dtype, computed in float32.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    groups = _token_groups(grad, uniform)
+    kept = groups.abs()
+    a0, a1, a2, a3 = kept.unbind(1)
+    high01, high23 = torch.maximum(a0, a1), torch.maximum(a2, a3)
+    largest = torch.maximum(high01, high23)
+    # the other three, added up without the largest: subtracting it from the sum would cancel
+    rest = torch.minimum(a0, a1).add_(torch.minimum(a2, a3)).add_(torch.minimum(high01, high23))
+    # p_i = min(1, |a_i| / half) in both cases; this order of lerp neither overflows nor loses one infinity
+    half = torch.minimum(torch.lerp(largest, rest, 0.5), rest)
+
+    # The two points u and u + 1 times half. The second is told by its distance from the right end: in exact arithmetic
+    # nothing differs, and in floating point nothing of the right end can get lost.
+    first = uniform * half
+    second = half - first
+    first_in_0 = first < a0
+    first_in_01 = first < a0 + a1
+    # An entry with p = 1 holds one of the points, whatever the rounding; the second point is never before the first.
+    second_in_01 = (second > a2 + a3).logical_or_(a1 >= half).logical_and_(first_in_0)
+    second_in_012 = (second > a3).logical_or_(a2 >= half).logical_or_(second_in_01).logical_and_(first_in_01)
+
+    torch.maximum(kept, half.unsqueeze(1), out=kept).copysign_(groups)
+    a0.mul_(first_in_0)
+    a1.mul_((first_in_0 ^ first_in_01) | second_in_01)
+    a2.mul_(~first_in_01 | (second_in_01 ^ second_in_012))
+    a3.mul_(~second_in_012)
+    return kept.reshape(-1, grad.shape[1])[: grad.shape[0]].to(grad.dtype)
+
+
+def mvue24_fast(grad: Tensor, uniform_1: Tensor, uniform_2: Tensor) -> Tensor:
+    """The estimator of FST's training kernel (arXiv 2404.01847): unbiased, with somewhat more variance than `mvue24`.
+
+    Two draws without replacement, each with probability proportional to |a|. With t = |a| / Σ|a|, entry i is kept
+    with probability p_i = t_i + |a_i|·Σ_{j≠i} t_j / (Σ|a| − |a_j|), as a_i / p_i. A group with fewer than three
+    non-zeros comes back unchanged; one that is not finite, or whose sum overflows float32, becomes four NaNs.
+
+    Args:
+        grad: (tokens, features), floating point; padded with zero tokens to a multiple of 4.
+        uniform_1, uniform_2: (ceil(tokens / 4), features) float32 in [0, 1), independent of each other.
+
+    Returns:
+        (tokens, features) in grad's dtype, computed in float32.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    groups = _token_groups(grad, uniform_1, uniform_2)
+    magnitude = groups.abs()
+    total = magnitude.sum(dim=1, keepdim=True)
+    others = torch.stack([magnitude[:, [j for j in range(4) if j != i]].sum(dim=1) for i in range(4)], dim=1)
+    share = magnitude / total
+    odds = share / others
+    probability = share + magnitude * (odds.sum(dim=1, keepdim=True) - odds)
+    first = _draw(magnitude, uniform_1)
+    second = _draw(magnitude.masked_fill(first, 0.0), uniform_2)
+    kept = torch.where(first | second, groups / probability, 0.0)
+    kept = torch.where((groups != 0).sum(dim=1, keepdim=True) < 3, groups, kept)
+    kept = torch.where(total.isfinite(), kept, torch.nan)
+    return kept.reshape(-1, grad.shape[1])[: grad.shape[0]].to(grad.dtype)
+
+
+def _draw(magnitude: Tensor, uniform: Tensor) -> Tensor:
+    """One-hot (groups, 4, features): entry i with probability magnitude_i / Σ; an entry of magnitude 0 never, unless
+    all are."""
+    cumulative = magnitude.cumsum(dim=1)
+    point = uniform.unsqueeze(1) * cumulative[:, 3:]
+    # uniform·Σ may round up to Σ: the last non-zero entry is the one meant then
+    point = torch.minimum(point, torch.nextafter(cumulative[:, 3:], torch.zeros_like(point)))
+    passed = (point >= cumulative).sum(dim=1, keepdim=True)
+    return torch.arange(4, device=magnitude.device).view(4, 1) == passed
+
+
+# --- the three products of a sparse linear layer --------------------------------------------------------------------
+
+
+def linear_forward(x: Tensor, sparse_weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Y = X Ŵᵀ + b: x (tokens, in_features), sparse_weight (out_features, in_features), bias (out_features,)."""
+    return F.linear(x, sparse_weight, bias)
+
+
+def linear_dx(dy: Tensor, sparse_weight: Tensor) -> Tensor:
+    """dX = dY Ŵ: dy (tokens, out_features), sparse_weight (out_features, in_features)."""
+    return dy @ sparse_weight
+
+
+def linear_dw(dy: Tensor, x: Tensor, uniform: Tensor | None = None) -> Tensor:
+    """dW = dYᵀ X, with dY (tokens, out_features) first pruned by `mvue24` if `uniform` is given; x (tokens, in)."""
+    if uniform is not None:
+        dy = mvue24(dy, uniform)
+    return dy.t() @ x
