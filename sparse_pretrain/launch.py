@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,8 @@ def launch(cfg: TrainConfig, run_dir: Path) -> None:
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cfg.trainer.devices}",
         "-m", "sparse_pretrain.worker", str(run_dir),
     ]  # fmt: skip
-    exit_code = subprocess.run(command, check=False).returncode
+    checkout = str(Path(__file__).resolve().parent.parent)  # for ranks of a program that is not installed
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), checkout)))
+    exit_code = subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path}).returncode
     if exit_code:
         raise RanksFailed(exit_code)
