@@ -1,7 +1,10 @@
 """A tiny run to test with: a few thousand words, a model of a few thousand parameters, a few steps."""
 
+import os
 import random
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models run fastest so; before torch is imported
 
 import pytest
 

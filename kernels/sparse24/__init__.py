@@ -1,5 +1,5 @@
-"""2:4 sparse operators for training, in plain PyTorch: masks, packing, unbiased gradient pruning, one autograd function.
+"""2:4 sparse operators for training, in plain PyTorch, usable alone in any trainer.
 
-Usable alone in any trainer; depends on torch only. `reference` says what each operator means; `autograd` holds the
+`reference` says what each operator means: masks, packing, unbiased pruning of gradients. `autograd` holds the
 2:4 linear layer.
 """

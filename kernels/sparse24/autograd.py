@@ -6,16 +6,16 @@ A linear layer y = x Wᵀ + b is three matrix products in training:
     input gradient    dX = dY Ŵ      contracts over out_features:  2:4 too if the mask is transposable
     weight gradient   dW = dYᵀ X     contracts over tokens:        2:4 if dY is pruned along tokens (MVUE)
 
-Ŵ is the 2:4 weight of this step, W the dense master weight it was projected from. The projection has no useful
-derivative, so dW, the gradient with respect to Ŵ, is given to W unchanged and dense: the straight-through estimator.
-Entries that are pruned now get a gradient too, and can come back.
+Ŵ is the 2:4 weight of this step, W the dense master weight it was projected from. The projection has no
+useful derivative, so dW, the gradient with respect to Ŵ, is given to W unchanged and dense: the
+straight-through estimator. Entries that are pruned now get a gradient too, and can come back.
 
-Why an `autograd.Function`: autograd would differentiate the projection, would multiply each gradient with what the
-forward pass used, and has no place where dY could be pruned for one of the two products only. The bias gradient sums
-dY as it came, unpruned.
+Why an `autograd.Function`: autograd would differentiate the projection, would multiply each gradient with
+what the forward pass used, and has no place where dY could be pruned for one of the two products only. The
+bias gradient sums dY as it came, unpruned.
 
-Saved for the backward pass: X, Ŵ (the very tensor, no copy) and, for MVUE, where to find the random numbers: two
-integers instead of a mask, since they are a pure function of (seed, step, layer, position).
+Saved for the backward pass: X, Ŵ (the very tensor, no copy) and, for MVUE, where to find the random numbers:
+three integers instead of a mask, since they are a pure function of (seed, step, layer, position).
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ class MvueKey(NamedTuple):
     """Which random numbers prune dY.
 
     seed: of the run, 64 bits.
-    layer: index of the layer.
-    counter: (2,) int64 on any device: optimizer step, and position of the first token in the global batch (a multiple
-        of 4). A tensor, so that its values can change without recompiling anything.
+    layer: index of the layer, an int or a 0-dim int64 tensor. Layers that share compiled code should use a
+        tensor beside the counter: an int is compiled in, and many of them hit the limit of recompilations.
+    counter: (2,) int64 on any device: optimizer step, and position of the first token in the global batch (a
+        multiple of 4). A tensor, so that its values can change without recompiling anything.
     """
 
     seed: int
-    layer: int
+    layer: int | Tensor
     counter: Tensor
 
 
@@ -47,8 +48,8 @@ def sparse_linear(
 ) -> Tensor:
     """y = x @ sparse_weightᵀ + bias, with the straight-through gradient given to `weight`.
 
-    Under autocast x, sparse_weight and bias are cast as `F.linear` would cast them; gradients come back in the dtypes
-    of the arguments.
+    Under autocast x, sparse_weight and bias are cast as `F.linear` would cast them; gradients come back in
+    the dtypes of the arguments.
 
     Args:
         x: (..., in_features); leading dimensions, flattened in order, are the tokens.
@@ -72,8 +73,14 @@ def sparse_linear(
         raise ValueError(f"x must be (..., in_features={weight.shape[1]}); found {tuple(x.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be (out_features={weight.shape[0]},); found {tuple(bias.shape)}")
-    seed, layer, counter = mvue if mvue is not None else (0, 0, None)
-    return _SparseLinear.apply(x, weight, sparse_weight, bias, seed, layer, counter)  # type: ignore[no-untyped-call]
+    if mvue is None:
+        return _SparseLinear.apply(x, weight, sparse_weight, bias, 0, None)
+    seed, layer, counter = mvue
+    if not isinstance(layer, Tensor):
+        layer = torch.full((), layer, dtype=torch.int64, device=counter.device)
+    # a copy of three integers: the trainer moves the counter on in place before the next forward pass
+    position = torch.cat([counter, layer.view(1)])
+    return _SparseLinear.apply(x, weight, sparse_weight, bias, seed, position)
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -85,25 +92,23 @@ class _SparseLinear(torch.autograd.Function):
         sparse_weight: Tensor,
         bias: Tensor | None,
         seed: int,
-        layer: int,
-        counter: Tensor | None,
+        position: Tensor | None,
     ) -> Tensor:
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.seed, ctx.layer = seed, layer
+        ctx.seed = seed
         x, sparse_weight = _autocast(x), _autocast(sparse_weight)
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         ctx.save_for_backward(
             x if needs_dw else None,
             sparse_weight if needs_dx else None,
-            # a copy of two integers: the trainer moves the counter on in place before every forward pass
-            counter.clone() if needs_dw and counter is not None else None,
+            position if needs_dw else None,
         )
         return linear_forward(x, sparse_weight, None if bias is None else _autocast(bias))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, sparse_weight, counter = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, sparse_weight, position = ctx.saved_tensors
         needs_dx, needs_dw, _, needs_db = ctx.needs_input_grad[:4]
         dx = dw = db = None
         if needs_dx:
@@ -111,14 +116,14 @@ class _SparseLinear(torch.autograd.Function):
         tokens_dy = dy.flatten(0, -2) if dy.dim() > 1 else dy.unsqueeze(0)
         if needs_dw:
             uniform = None
-            if counter is not None:
-                step, first_token = counter.to(dy.device)
+            if position is not None:
+                step, first_token, layer = position.to(dy.device)
                 tokens, features = tokens_dy.shape
-                uniform = uniform24(ctx.seed, step, ctx.layer, tokens, features, first_token, dy.device)
+                uniform = uniform24(ctx.seed, step, layer, tokens, features, first_token, dy.device)
             dw = linear_dw(tokens_dy, x.reshape(-1, x.shape[-1]), uniform).to(ctx.weight_dtype)
         if needs_db:
             db = tokens_dy.sum(dim=0).to(ctx.bias_dtype)
-        return dx, dw, None, db, None, None, None
+        return dx, dw, None, db, None, None
 
 
 def _autocast(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Counter-based random numbers: a draw depends only on what it is for, never on what was drawn before it.
 
-Philox-4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in int64 tensor arithmetic, so it
-gives the same bits on every device.
+Philox-4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in int64 tensor
+arithmetic, so it gives the same bits on every device.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def philox_4x32(
     c0, c1, c2, c3 = counter
     key0, key1 = key
     for _ in range(rounds):
-        # 32 x 32 -> 64 bit products. The sign that int64 wraps into is only in bits which are masked off below; odd
-        # words stay unmasked between rounds, as nothing but their low half is ever used.
+        # 32 x 32 -> 64 bit products. The sign that int64 wraps into is only in bits which are masked off
+        # below; odd words stay unmasked between rounds, as nothing but their low half is ever used.
         product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0 = ((product1 >> 32) ^ c1).bitwise_xor_(key0).bitwise_and_(MASK32)
         c2 = ((product0 >> 32) ^ c3).bitwise_xor_(key1).bitwise_and_(MASK32)
@@ -44,7 +44,7 @@ def philox_4x32(
 def uniform24(
     seed: int,
     step: int | Tensor,
-    layer: int,
+    layer: int | Tensor,
     tokens: int,
     features: int,
     first_token: int | Tensor = 0,
@@ -52,19 +52,19 @@ def uniform24(
 ) -> Tensor:
     """One uniform number for each group of four consecutive tokens and each feature.
 
-    The draw is a pure function of (seed, step, layer, absolute group of tokens, feature), hence independent of how a
-    batch is cut into micro-batches and ranks: with g the absolute group, the key is `seed`, the counter is
-    (feature, g // 4, step, layer), and word g % 4 of Philox-4x32-7 gives (word >> 8)·2⁻²⁴.
+    The draw is a pure function of (seed, step, layer, absolute group of tokens, feature), hence independent
+    of how a batch is cut into micro-batches and ranks: with g the absolute group, the key is `seed`, the
+    counter is (feature, g // 4, step, layer), and word g % 4 of Philox-4x32-7 gives (word >> 8)·2⁻²⁴.
 
     Args:
         seed: 64 bits are used; negative values wrap.
-        step: optimizer step; its low 32 bits are used. A 0-dim int64 tensor on `device` does as well as an int, and
-            is never read by the host.
-        layer: index of the layer, its low 32 bits.
+        step: optimizer step; its low 32 bits are used. A 0-dim int64 tensor on `device` does as well as an
+            int, and is never read by the host.
+        layer: index of the layer, likewise.
         tokens: number of tokens, any.
         features: number of features.
-        first_token: absolute position of the first token, a multiple of 4 and below 2³⁶; int or 0-dim int64 tensor
-            (not checked then, so as not to wait for the device).
+        first_token: absolute position of the first token, a multiple of 4 and below 2³⁶; int or 0-dim int64
+            tensor (not checked then, so as not to wait for the device).
         device: of the result.
 
     Returns:
@@ -88,7 +88,7 @@ def uniform24(
         torch.arange(features, device=device),
         block[:, None],
         torch.as_tensor(step, device=device) & MASK32,
-        torch.full((), layer & MASK32, dtype=torch.int64, device=device),
+        torch.as_tensor(layer, device=device) & MASK32,
     )
     words = torch.stack(philox_4x32(counter, (seed & MASK32, (seed >> 32) & MASK32), ROUNDS), dim=1)
     uniform = (words >> 8).float().mul_(2.0**-24).reshape(4 * blocks, features)

@@ -1,10 +1,10 @@
-"""What each 2:4 operator means, in plain PyTorch on any device: the truth that every kernel is tested against.
+"""What each 2:4 operator means, in plain PyTorch on any device: the truth every kernel is tested against.
 
-Here are the masks, the soft threshold, the unbiased pruning of gradients (MVUE) and the three products of a linear
-layer; packing and random numbers have files of their own and are found here too.
+Here are the masks, the soft threshold, the unbiased pruning of gradients (MVUE) and the three products of a
+linear layer; packing and random numbers have files of their own and are found here too.
 
-Shapes: weight (out_features, in_features), activations and their gradients (tokens, features). A *group* is four
-consecutive elements along the contraction dimension: along in_features for weights, along tokens for gradients.
+Shapes: weight (out_features, in_features), activations and their gradients (tokens, features). A *group* is
+four consecutive elements along the contraction dimension: in_features for weights, tokens for gradients.
 """
 
 from __future__ import annotations
@@ -49,27 +49,29 @@ def _transposable_choices() -> list[tuple[int, ...]]:
 
 
 _CHOICES = _transposable_choices()
-# (90, 4, 4) boolean, True = kept: all 4x4 blocks that are 2:4 along rows and along columns, in lexicographic order
+# (90, 4, 4) boolean, True = kept: all 4x4 blocks that are 2:4 along rows and columns, in lexicographic order
 TRANSPOSABLE_PATTERNS = torch.tensor(
     [[[column in ROW_PATTERNS[row] for column in range(4)] for row in rows] for rows in _CHOICES]
 )
 
 
-# --- masks and the soft threshold -----------------------------------------------------------------------------------
+# --- masks and the soft threshold ---
 
 
 def _check_weight(weight: Tensor) -> None:
     if not weight.is_floating_point():
         raise ValueError(f"weight must be floating point; found {weight.dtype}")
     if weight.dim() == 0 or weight.shape[-1] % 4:
-        raise ValueError(f"in_features must be a multiple of 4; found {weight.shape[-1] if weight.dim() else 'none'}")
+        raise ValueError(
+            f"in_features must be a multiple of 4; found {weight.shape[-1] if weight.dim() else 'none'}"
+        )
 
 
 def magnitude_mask(weight: Tensor) -> Tensor:
     """The 2:4 mask that keeps the two largest |w| of each group.
 
-    A tie keeps the lower index. NaN counts as infinite, so NaNs and infinities are kept before anything else: a
-    group hides one only if it holds more than two.
+    A tie keeps the lower index. NaN counts as infinite, so NaNs and infinities are kept before anything else:
+    a group hides one only if it holds more than two.
 
     Args:
         weight: (..., in_features), floating point, any strides.
@@ -106,11 +108,12 @@ SCORE_CAP = 2.0**123
 def transposable_mask(weight: Tensor) -> Tensor:
     """The mask that is 2:4 along rows and along columns and keeps the largest Σ|w| of each 4x4 block.
 
-    The best of the 90 patterns of `TRANSPOSABLE_PATTERNS`, hence optimal (FST, arXiv 2404.01847, algorithm 1). The
-    order of evaluation is part of the definition, so that backends agree bit for bit: |w| in float32, capped at 2¹²³,
-    NaN as 2¹²³; a row scores (first kept + second kept), a pattern (row 0 + row 1) + (row 2 + row 3); the first of
-    the patterns with the largest score is taken. Owing to the cap a block keeps as many of its NaNs, infinities and
-    values from 2¹²³ on as any pattern can.
+    The best of the 90 patterns of `TRANSPOSABLE_PATTERNS`, hence optimal (FST, arXiv 2404.01847).
+
+    The order of evaluation is part of the definition, so that backends agree bit for bit: |w| in float32,
+    capped at 2¹²³, NaN as 2¹²³; a row scores (first kept + second kept), a pattern (row 0 + row 1) +
+    (row 2 + row 3); the first of the patterns with the largest score is taken. Owing to the cap a block keeps
+    as many of its NaNs, infinities and values from 2¹²³ on as any pattern can.
 
     Args:
         weight: (out_features, in_features), floating point, any strides.
@@ -123,7 +126,9 @@ def transposable_mask(weight: Tensor) -> Tensor:
     """
     _check_weight(weight)
     if weight.dim() != 2 or weight.shape[0] % 4:
-        raise ValueError(f"weight must be (out_features, in_features), multiples of 4; found {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must be (out_features, in_features), multiples of 4; found {tuple(weight.shape)}"
+        )
     rows, columns = weight.shape[0] // 4, weight.shape[1] // 4
     blocks = weight.detach().reshape(rows, 4, columns, 4).permute(1, 3, 0, 2).float().abs().reshape(4, 4, -1)
     blocks = blocks.nan_to_num_(nan=SCORE_CAP).clamp_(max=SCORE_CAP)
@@ -144,10 +149,10 @@ def transposable_mask(weight: Tensor) -> Tensor:
 
 
 def soft_threshold(weight: Tensor) -> Tensor:
-    """S(W)_i = sign(w_i)·max(|w_i| − τ, 0), with τ the third largest |w| of the group (S-STE, arXiv 2409.09099).
+    """S(W)_i = sign(w_i)·max(|w_i| − τ, 0), τ the third largest |w| of the group (S-STE, arXiv 2409.09099).
 
-    Continuous in the weight, with at most two non-zeros in each group. A group that holds a NaN becomes all NaN, as
-    do the infinities of a group that holds three or more.
+    Continuous in the weight, with at most two non-zeros in each group. A group that holds a NaN becomes all
+    NaN, and so do the infinities of a group that holds three or more.
 
     Args:
         weight: (..., in_features), floating point, any strides.
@@ -171,7 +176,7 @@ def soft_threshold(weight: Tensor) -> Tensor:
 def soft_threshold_scale(weight: Tensor) -> Tensor:
     """β = ⟨W, S(W)⟩ / ⟨S(W), S(W)⟩, which minimises ‖W − β·S(W)‖² (S-STE, arXiv 2409.09099).
 
-    Meant to be computed once, right after initialisation, and frozen: Gaussian weights of any scale give 1.4837.
+    Meant to be computed once, right after initialisation, and frozen. Gaussian weights give 1.4837.
 
     Returns:
         0-dim float32; NaN if S(W) is zero everywhere.
@@ -180,13 +185,15 @@ def soft_threshold_scale(weight: Tensor) -> Tensor:
     return (dense * soft).sum() / (soft * soft).sum()
 
 
-# --- MVUE: unbiased 2:4 pruning of gradients along tokens -----------------------------------------------------------
+# --- MVUE: unbiased 2:4 pruning of gradients along tokens ---
 
 
 def _token_groups(grad: Tensor, *uniforms: Tensor) -> Tensor:
-    """`grad` (tokens, features) as (ceil(tokens / 4), 4, features) float32, zero rows at the end if need be."""
+    """`grad` (tokens, features) as (ceil(tokens / 4), 4, features) float32, padded with zero rows."""
     if grad.dim() != 2 or not grad.is_floating_point():
-        raise ValueError(f"grad must be floating point (tokens, features); found {grad.dtype} {tuple(grad.shape)}")
+        raise ValueError(
+            f"grad must be floating point (tokens, features); found {grad.dtype} {tuple(grad.shape)}"
+        )
     tokens, features = grad.shape
     shape = (-(-tokens // 4), features)
     for uniform in uniforms:
@@ -197,19 +204,21 @@ def _token_groups(grad: Tensor, *uniforms: Tensor) -> Tensor:
             )
     if tokens % 4:
         grad = F.pad(grad, (0, 0, 0, -tokens % 4))
-    return grad.float().reshape(-1, 4, features)
+    return grad.float().reshape(shape[0], 4, features)
 
 
 def mvue24(grad: Tensor, uniform: Tensor) -> Tensor:
-    """The minimum-variance unbiased 2:4 estimator of a gradient, along tokens (Chmiel et al. 2022, arXiv 2203.10991).
+    """The minimum-variance unbiased 2:4 estimator of a gradient, along tokens (Chmiel et al. 2022).
 
-    Entry i of a group a is kept with probability p_i = min(1, c·|a_i|), Σp_i = 2, as a_i / p_i. So if the largest
-    |a| is at least the sum of the other three, it is kept unchanged, and one of the others as sign(a_i)·(their sum)
-    with probability |a_i| / (their sum); otherwise two entries are kept as sign(a_i)·Σ|a|/2. They are drawn by
-    systematic sampling: with c_i the cumulative sums of p, those for which u or u + 1 lies in [c_{i−1}, c_i).
+    Entry i of a group a is kept with probability p_i = min(1, c·|a_i|), Σp_i = 2, as a_i / p_i. So if the
+    largest |a| is at least the sum of the other three, it is kept unchanged, and one of the others as
+    sign(a_i)·(their sum) with probability |a_i| / (their sum); otherwise two entries are kept as
+    sign(a_i)·Σ|a|/2. They are drawn by systematic sampling: with c_i the cumulative sums of p, those for
+    which u or u + 1 lies in [c_{i−1}, c_i).
 
-    A group with fewer than three non-zeros comes back unchanged. One infinity is kept like any largest entry; a group
-    with a NaN, with several infinities, or whose sum overflows float32 becomes four NaNs: never hidden.
+    A group with fewer than three non-zeros comes back unchanged. What is not finite is never hidden: a single
+    infinity is kept, as any largest entry is; a group with a NaN, with several infinities, or whose three
+    smallest |a| sum to more than float32 holds becomes four NaNs.
 
     Args:
         grad: (tokens, features), floating point; padded with zero tokens to a multiple of 4.
@@ -231,15 +240,15 @@ def mvue24(grad: Tensor, uniform: Tensor) -> Tensor:
     # p_i = min(1, |a_i| / half) in both cases; this order of lerp neither overflows nor loses one infinity
     half = torch.minimum(torch.lerp(largest, rest, 0.5), rest)
 
-    # The two points u and u + 1 times half. The second is told by its distance from the right end: in exact arithmetic
-    # nothing differs, and in floating point nothing of the right end can get lost.
+    # The points u and u + 1, times half, on the line where the entries lie end to end. The second is given by
+    # its distance from the right end, where the sum is 2 by definition: rounding cannot lose the last entry.
     first = uniform * half
     second = half - first
     first_in_0 = first < a0
     first_in_01 = first < a0 + a1
-    # An entry with p = 1 holds one of the points, whatever the rounding; the second point is never before the first.
-    second_in_01 = (second > a2 + a3).logical_or_(a1 >= half).logical_and_(first_in_0)
-    second_in_012 = (second > a3).logical_or_(a2 >= half).logical_or_(second_in_01).logical_and_(first_in_01)
+    # whatever the rounding, an entry larger than half holds a point, and the two points are in two entries
+    second_in_01 = (second > a2 + a3).logical_or_(a1 > half).logical_and_(first_in_0)
+    second_in_012 = (second > a3).logical_or_(a2 > half).logical_or_(second_in_01).logical_and_(first_in_01)
 
     torch.maximum(kept, half.unsqueeze(1), out=kept).copysign_(groups)
     a0.mul_(first_in_0)
@@ -250,11 +259,12 @@ def mvue24(grad: Tensor, uniform: Tensor) -> Tensor:
 
 
 def mvue24_fast(grad: Tensor, uniform_1: Tensor, uniform_2: Tensor) -> Tensor:
-    """The estimator of FST's training kernel (arXiv 2404.01847): unbiased, with somewhat more variance than `mvue24`.
+    """The unbiased estimator of FST's training kernel (arXiv 2404.01847); its variance is above `mvue24`'s.
 
-    Two draws without replacement, each with probability proportional to |a|. With t = |a| / Σ|a|, entry i is kept
-    with probability p_i = t_i + |a_i|·Σ_{j≠i} t_j / (Σ|a| − |a_j|), as a_i / p_i. A group with fewer than three
-    non-zeros comes back unchanged; one that is not finite, or whose sum overflows float32, becomes four NaNs.
+    Two draws without replacement, each with probability proportional to |a|. With t = |a| / Σ|a|, entry i is
+    kept with probability p_i = t_i + |a_i|·Σ_{j≠i} t_j / (Σ|a| − |a_j|), as a_i / p_i. A group with fewer
+    than three non-zeros comes back unchanged; one that is not finite, or whose sum overflows float32, becomes
+    four NaNs.
 
     Args:
         grad: (tokens, features), floating point; padded with zero tokens to a multiple of 4.
@@ -269,10 +279,8 @@ def mvue24_fast(grad: Tensor, uniform_1: Tensor, uniform_2: Tensor) -> Tensor:
     groups = _token_groups(grad, uniform_1, uniform_2)
     magnitude = groups.abs()
     total = magnitude.sum(dim=1, keepdim=True)
-    others = torch.stack([magnitude[:, [j for j in range(4) if j != i]].sum(dim=1) for i in range(4)], dim=1)
     share = magnitude / total
-    odds = share / others
-    probability = share + magnitude * (odds.sum(dim=1, keepdim=True) - odds)
+    probability = share + magnitude * _sum_of_others(share / _sum_of_others(magnitude))
     first = _draw(magnitude, uniform_1)
     second = _draw(magnitude.masked_fill(first, 0.0), uniform_2)
     kept = torch.where(first | second, groups / probability, 0.0)
@@ -281,9 +289,13 @@ def mvue24_fast(grad: Tensor, uniform_1: Tensor, uniform_2: Tensor) -> Tensor:
     return kept.reshape(-1, grad.shape[1])[: grad.shape[0]].to(grad.dtype)
 
 
+def _sum_of_others(x: Tensor) -> Tensor:
+    """For each entry of (groups, 4, features) the sum of the other three of its group, not by subtracting."""
+    return torch.stack([x[:, [j for j in range(4) if j != i]].sum(dim=1) for i in range(4)], dim=1)
+
+
 def _draw(magnitude: Tensor, uniform: Tensor) -> Tensor:
-    """One-hot (groups, 4, features): entry i with probability magnitude_i / Σ; an entry of magnitude 0 never, unless
-    all are."""
+    """One-hot (groups, 4, features): entry i with probability magnitude_i / Σ; all False if all are 0."""
     cumulative = magnitude.cumsum(dim=1)
     point = uniform.unsqueeze(1) * cumulative[:, 3:]
     # uniform·Σ may round up to Σ: the last non-zero entry is the one meant then
@@ -292,21 +304,21 @@ def _draw(magnitude: Tensor, uniform: Tensor) -> Tensor:
     return torch.arange(4, device=magnitude.device).view(4, 1) == passed
 
 
-# --- the three products of a sparse linear layer --------------------------------------------------------------------
+# --- the three products of a sparse linear layer ---
 
 
 def linear_forward(x: Tensor, sparse_weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Y = X Ŵᵀ + b: x (tokens, in_features), sparse_weight (out_features, in_features), bias (out_features,)."""
+    """Y = X Ŵᵀ + b: x (tokens, in), sparse_weight (out, in), bias (out,) or None."""
     return F.linear(x, sparse_weight, bias)
 
 
 def linear_dx(dy: Tensor, sparse_weight: Tensor) -> Tensor:
-    """dX = dY Ŵ: dy (tokens, out_features), sparse_weight (out_features, in_features)."""
+    """dX = dY Ŵ: dy (tokens, out), sparse_weight (out, in)."""
     return dy @ sparse_weight
 
 
 def linear_dw(dy: Tensor, x: Tensor, uniform: Tensor | None = None) -> Tensor:
-    """dW = dYᵀ X, with dY (tokens, out_features) first pruned by `mvue24` if `uniform` is given; x (tokens, in)."""
+    """dW = dYᵀ X: dy (tokens, out), pruned by `mvue24` first if `uniform` is given, x (tokens, in)."""
     if uniform is not None:
         dy = mvue24(dy, uniform)
     return dy.t() @ x

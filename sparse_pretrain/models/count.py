@@ -26,7 +26,14 @@ def count_model(model: nn.Module, cfg: ModelConfig, seq_len: int) -> ModelCount:
     for attention (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B)."""
     parameters = sum(p.numel() for p in model.parameters())
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
-    matmul_weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    # By shape, not by type: a layer may have been swapped for a sparse one. A tied head counts as the product it is.
+    matmul_weights = sum(
+        p.numel()
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding)
+        for p in module.parameters(recurse=False)
+        if p.dim() == 2
+    )
     return ModelCount(
         parameters=parameters,
         embedding_parameters=embeddings,

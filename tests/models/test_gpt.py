@@ -11,6 +11,7 @@ from sparse_pretrain.models.blocks import RotaryEmbedding, ffn_width
 from sparse_pretrain.models.count import count_model
 from sparse_pretrain.models.gpt import GPT
 from sparse_pretrain.paths import config_dir
+from sparse_pretrain.sparsity import load_recipe, sparsify
 
 TINY = ModelConfig(name="tiny", n_layer=2, n_head=4, d_model=32, max_seq_len=16)
 VARIANTS = {
@@ -100,8 +101,11 @@ def test_gated_width_keeps_the_parameters():
     assert ffn_width(replace(TINY, d_ff=100)) == 100
 
 
-def test_counts():
-    count = count_model(model(), TINY, seq_len=16)
+@pytest.mark.parametrize("recipe", ["dense", "ste"])
+def test_counts(recipe):
+    gpt = model()
+    sparsify(gpt, load_recipe(recipe))
+    count = count_model(gpt, TINY, seq_len=16)
     matrices = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 50 * 32
     assert count.flop_per_token == 6 * matrices + 12 * 2 * 32 * 16
     assert count.parameters == matrices + 16 * 32 + 5 * 32
