@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sparse_pretrain import config
 from sparse_pretrain.errors import UserError
@@ -25,7 +25,7 @@ class Command:
 
 
 COMMANDS = {
-    "train": Command(config.TrainConfig, "pre-train a model, dense or 2:4 sparse; without options: a comparison, in minutes"),
+    "train": Command(config.TrainConfig, "pre-train a model, dense or 2:4 sparse; without options: a comparison"),
     "evaluate": Command(config.EvaluateConfig, "loss and perplexity of a checkpoint"),
     "generate": Command(config.GenerateConfig, "text from a checkpoint"),
     "report": Command(config.ReportConfig, "an HTML page of one or more runs"),
@@ -36,7 +36,7 @@ DEFAULT_TRAIN = ["-m", "recipe=dense,ste,fst"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Console entry point; exits with 0, 2 (bad input), 75 (interrupted, the same command continues) or a rank's code."""
+    """Console entry point. Exits with 0, 2 (bad input), 75 (interrupted; run again to continue) or a rank's code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
@@ -70,6 +70,9 @@ def overview() -> str:
 def execute(name: str, options: list[str]) -> None:
     """Check every job of the command line, then hand it to Hydra."""
     schema = COMMANDS[name].schema
+    options = sorted(
+        options, key=lambda option: option not in ("-m", "--multirun")
+    )  # argparse wants overrides in one run
     overrides, is_run = _preflight(name, schema, options)
     command = importlib.import_module(f"sparse_pretrain.{name}") if is_run else None
     results: list[Path] = []
@@ -119,7 +122,9 @@ def _preflight(name: str, schema: type, options: list[str]) -> tuple[list[str], 
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException, OverrideParseException
 
-    arguments = get_args_parser().parse_args(options)
+    parser = get_args_parser()
+    parser.error = _unknown_flag  # type: ignore[assignment]
+    arguments = parser.parse_args(options)
     if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion:
         return arguments.overrides, False
     overrides = list(arguments.overrides)
@@ -131,10 +136,14 @@ def _preflight(name: str, schema: type, options: list[str]) -> tuple[list[str], 
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
-        raise UserError(str(error.override), "something that is not option=value", "option=value, as trainer.steps=100") from error
+        raise UserError(
+            str(error.override), "something that is not option=value", "option=value, as trainer.steps=100"
+        ) from error
     sweep = [override for override in parsed if override.is_sweep_override()]
     if sweep and not arguments.multirun:
-        raise UserError(str(sweep[0].input_line), "several values", "one value, or -m before the options for a grid of runs")
+        raise UserError(
+            str(sweep[0].input_line), "several values", "one value, or -m before the options for a grid of runs"
+        )
     jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         for job in jobs:
@@ -142,7 +151,7 @@ def _preflight(name: str, schema: type, options: list[str]) -> tuple[list[str], 
                 composed = compose(name, overrides=job)
             except HydraException as error:
                 raise _explain(error, schema, job) from error
-            cfg = config.load(schema, _plain(composed))
+            cfg: Any = config.load(schema, _plain(composed))
             if isinstance(cfg, config.TrainConfig):
                 config.check(cfg)
     return overrides, True
@@ -166,11 +175,17 @@ def _explain(error: Exception, schema: type, job: list[str]) -> UserError:
     return UserError(option, message.rstrip("."), "a group or option that `--help` lists")
 
 
+def _unknown_flag(message: str) -> NoReturn:
+    raise UserError("options", message, "option=value, -m, --cfg job, --config-dir FOLDER, --help")
+
+
 def _nearest(key: str, known: list[str]) -> list[str]:
     import difflib
 
     name = key.rpartition(".")[2]
-    return [option for option in known if option.rpartition(".")[2] == name] or difflib.get_close_matches(key, known, n=3)
+    return [option for option in known if option.rpartition(".")[2] == name] or difflib.get_close_matches(
+        key, known, n=3
+    )
 
 
 def _last_value(overrides: list[str], option: str, default: str) -> str:

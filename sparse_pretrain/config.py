@@ -292,11 +292,18 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
 
 # What may differ between two runs that must give the same numbers: so not part of a run's identity.
 RUNTIME_OPTIONS = (
-    "name", "runs_dir", "run_dir", "resume", "logger",
+    "name",
+    "runs_dir",
+    "run_dir",
+    "resume",
+    "logger",
     "data.num_workers",
-    "trainer.devices", "trainer.log_every", "trainer.checkpoint_every", "trainer.checkpoints_kept",
+    "trainer.devices",
+    "trainer.log_every",
+    "trainer.checkpoint_every",
+    "trainer.checkpoints_kept",
     "trainer.peak_tflops",
-)  # fmt: skip
+)
 
 C = TypeVar("C")
 
@@ -335,7 +342,9 @@ def _convert(hint: Any, value: Any, option: str) -> Any:
         return None if value is None else _convert(inner, value, option)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise UserError(option, repr(value), f"a group of options ({', '.join(f.name for f in dataclasses.fields(hint))})")
+            raise UserError(
+                option, repr(value), f"a group of options ({', '.join(f.name for f in dataclasses.fields(hint))})"
+            )
         return _build(hint, value, prefix=f"{option}.")  # type: ignore[arg-type]
     if get_origin(hint) is list:
         (inner,) = get_args(hint)
@@ -355,7 +364,12 @@ def _convert(hint: Any, value: Any, option: str) -> Any:
         low, high = RANGES[option]
         if (low is not None and value < low) or (high is not None and value > high):
             bounds = " and ".join(
-                text for text in (f"at least {low:g}" if low is not None else "", f"at most {high:g}" if high is not None else "") if text
+                text
+                for text in (
+                    f"at least {low:g}" if low is not None else "",
+                    f"at most {high:g}" if high is not None else "",
+                )
+                if text
             )
             raise UserError(option, f"{value:g}", bounds)
     return value
@@ -372,7 +386,9 @@ def check(cfg: TrainConfig) -> None:
         raise UserError("model.n_head", model.n_head, f"a divisor of model.d_model={model.d_model}")
     if model.position == "rotary" and (model.d_model // model.n_head) % 2:
         raise UserError(
-            "model.n_head", model.n_head, f"one for which model.d_model / model.n_head is even (model.d_model={model.d_model}, rotary positions)"
+            "model.n_head",
+            model.n_head,
+            f"one for which model.d_model / model.n_head is even (model.d_model={model.d_model}, rotary positions)",
         )
     if model.n_kv_head is not None and model.n_head % model.n_kv_head:
         raise UserError("model.n_kv_head", model.n_kv_head, f"a divisor of model.n_head={model.n_head}")
@@ -418,7 +434,9 @@ def _check_batch(trainer: TrainerConfig) -> None:
     per_device = trainer.batch_size // trainer.devices
     if trainer.micro_batch_size is not None and per_device % trainer.micro_batch_size:
         raise UserError(
-            "trainer.micro_batch_size", trainer.micro_batch_size, f"a divisor of the {per_device} sequences per device (trainer.batch_size / trainer.devices)"
+            "trainer.micro_batch_size",
+            trainer.micro_batch_size,
+            f"a divisor of the {per_device} sequences per device (trainer.batch_size / trainer.devices)",
         )
 
 

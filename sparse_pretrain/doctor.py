@@ -34,16 +34,21 @@ def facts(runs_dir: Path) -> list[tuple[str, str]]:
     ]
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability()
-        rows.append(("sparse cores", f"sm_{major}{minor}: " + ("2:4 tensor cores" if major >= 8 else "none before sm_80")))
+        rows.append(
+            ("sparse cores", f"sm_{major}{minor}: " + ("2:4 tensor cores" if major >= 8 else "none before sm_80"))
+        )
         sparselt = torch.backends.cusparselt
-        rows.append(("cuSPARSELt", str(sparselt.version()) if sparselt.is_available() else "not in this build of PyTorch"))
+        rows.append(
+            ("cuSPARSELt", str(sparselt.version()) if sparselt.is_available() else "not in this build of PyTorch")
+        )
+    compiler = shutil.which("g++") or shutil.which("clang++")
     rows += [
-        ("backends", "dense only so far: 2:4 products run as dense ones on masked weights, and are not faster than dense"),
+        ("backends", "dense only: 2:4 products run as dense ones on masked weights, no faster than dense"),
         ("W&B", _wandb()),
-        ("compile", "a C++ compiler is there" if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler: trainer.compile=true will fail on a CPU"),
+        ("compile", compiler or "no C++ compiler: trainer.compile=true will fail on a CPU"),
         ("cache", f"{cache_dir()} ({_free(cache_dir())} free)"),
         ("runs", f"{runs_dir} ({_free(runs_dir)} free)"),
-    ]  # fmt: skip
+    ]
     return rows
 
 

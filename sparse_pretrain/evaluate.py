@@ -52,7 +52,9 @@ def represent(model: nn.Module, weights: str) -> str:
     """
     sparse = sum(isinstance(m, SparseLinear) and m.is_sparse for m in model.modules())
     if weights in ("sparse", "packed") and not sparse:
-        raise UserError("weights", f"{weights}, but no layer of this checkpoint is in its sparse phase", ["auto", "dense"])
+        raise UserError(
+            "weights", f"{weights}, but no layer of this checkpoint is in its sparse phase", ["auto", "dense"]
+        )
     if weights == "packed":
         return f"packed: values and 2-bit metadata in {pack_model(model)} layers"
     if weights == "dense":
@@ -74,9 +76,11 @@ def evaluation_tokens(cfg: EvaluateConfig, trained: Trained) -> tuple[np.ndarray
     store = prepare(trained.cfg.data)
     if store.tokenizer_path.read_bytes() != trained.tokenizer_path.read_bytes():
         raise UserError(
-            "checkpoint", f"a run whose corpus ({trained.cfg.data.name}) gives another tokenizer here",
-            "one trained on the corpus as it is on this machine", hint="Evaluate on files with text=[...]",
-        )  # fmt: skip
+            "checkpoint",
+            f"a run whose corpus ({trained.cfg.data.name}) gives another tokenizer here",
+            "one trained on the corpus as it is on this machine",
+            hint="Evaluate on files with text=[...]",
+        )
     return store.split("train" if cfg.split == "train" else "validation"), f"{trained.cfg.data.name}, {cfg.split} split"
 
 

@@ -31,9 +31,15 @@ def launch(cfg: TrainConfig, run_dir: Path) -> None:
         worker.run(run_dir)
         return
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cfg.trainer.devices}",
-        "-m", "sparse_pretrain.worker", str(run_dir),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={cfg.trainer.devices}",
+        "-m",
+        "sparse_pretrain.worker",
+        str(run_dir),
+    ]
     checkout = str(Path(__file__).resolve().parent.parent)  # for ranks of a program that is not installed
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), checkout)))
     exit_code = subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path}).returncode

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from sparse_pretrain.config import LoggerConfig
 from sparse_pretrain.runs import METRICS_COLUMNS, METRICS_FILE, read_rows
 
+
 class CsvLogger(Logger):
     """One row per logged step, appended and flushed at once, so that a killed run loses none.
 
@@ -52,17 +53,25 @@ class CsvLogger(Logger):
         return ""
 
 
-def build_loggers(cfg: LoggerConfig, run_dir: Path, run_id: str, config: dict[str, Any], steps_done: int) -> list[Logger]:
+def build_loggers(
+    cfg: LoggerConfig, run_dir: Path, run_id: str, config: dict[str, Any], steps_done: int
+) -> list[Logger]:
     """The run's loggers; those that continue an earlier run drop what it logged after `steps_done`."""
     loggers: list[Logger] = [CsvLogger(run_dir, steps_done)]
     if cfg.tensorboard:
-        purge = {"purge_step": steps_done + 1} if steps_done else {}
-        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", **purge))
+        purge_step = steps_done + 1 if steps_done else None
+        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=purge_step))
     if cfg.wandb:
         loggers.append(
             WandbLogger(
-                name=run_dir.name, id=run_id, resume="allow", save_dir=str(run_dir), project=cfg.wandb_project,
-                entity=cfg.wandb_entity, offline=cfg.wandb_mode == "offline", config=config,
+                name=run_dir.name,
+                id=run_id,
+                resume="allow",
+                save_dir=str(run_dir),
+                project=cfg.wandb_project,
+                entity=cfg.wandb_entity,
+                offline=cfg.wandb_mode == "offline",
+                config=config,
             )
-        )  # fmt: skip
+        )
     return loggers

@@ -29,9 +29,20 @@ CONFIG_FILE, RUN_FILE, SUMMARY_FILE, CHECKPOINTS = "config.yaml", "run.json", "s
 METRICS_FILE, TOKENIZER_FILE = "metrics.csv", "tokenizer.json"
 # `seconds` is training time: without validation and checkpoints, and without the time between a stop and a resume.
 METRICS_COLUMNS = (
-    "step", "tokens", "seconds", "phase", "train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second",
-    "train/mfu", "train/memory_gb", "train/dropped_steps", "sparsity/flip_rate", "val/loss",
-)  # fmt: skip
+    "step",
+    "tokens",
+    "seconds",
+    "phase",
+    "train/loss",
+    "train/grad_norm",
+    "train/lr",
+    "train/tokens_per_second",
+    "train/mfu",
+    "train/memory_gb",
+    "train/dropped_steps",
+    "sparsity/flip_rate",
+    "val/loss",
+)
 
 
 def read_config(run_dir: Path) -> TrainConfig:
@@ -82,19 +93,22 @@ def open_run(cfg: TrainConfig, run_dir: Path) -> None:
         write_text(run_dir / ".writable", "")
         (run_dir / ".writable").unlink()
     except OSError as error:
-        raise UserError("run_dir", f"{run_dir}, which cannot be written ({error.strerror})", "a writable folder") from error
+        raise UserError(
+            "run_dir", f"{run_dir}, which cannot be written ({error.strerror})", "a writable folder"
+        ) from error
     if (run_dir / CONFIG_FILE).is_file():
         if cfg.resume == "never":
-            raise UserError("resume", f"never, but {run_dir} holds a run", "auto, another run_dir, or deleting that folder")
+            raise UserError("resume", f"never, but {run_dir} holds a run", "auto, or another run_dir")
         there, here = identity(read_config(run_dir)), identity(cfg)
         different = [key for key in here if there.get(key) != here[key]]
         if different:
             key = different[0]
             more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
             raise UserError(
-                "run_dir", f"{run_dir}, which holds a run with {key}={there.get(key)} where this one has {here[key]}{more}",
+                "run_dir",
+                f"{run_dir}, holding a run with {key}={there.get(key)} where this one has {here[key]}{more}",
                 "the folder of the same run, or a new one",
-            )  # fmt: skip
+            )
     write_text(run_dir / CONFIG_FILE, yaml.safe_dump(to_dict(cfg), sort_keys=False))
 
 

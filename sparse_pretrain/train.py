@@ -74,14 +74,19 @@ def check_resume(cfg: TrainConfig) -> None:
     here = flatten(to_dict(cfg))
     for option in here:
         shapes_model = option.startswith("model.") and option not in ("model.name", "model.activation_checkpointing")
-        if (shapes_model or option in ("recipe.projection", "recipe.include", "recipe.exclude")) and there.get(option) != here[option]:
+        if (shapes_model or option in ("recipe.projection", "recipe.include", "recipe.exclude")) and there.get(
+            option
+        ) != here[option]:
             raise UserError(
-                "resume", f"a checkpoint of another model: {option}={there.get(option)} there, {here[option]} here",
+                "resume",
+                f"a checkpoint of another model: {option}={there.get(option)} there, {here[option]} here",
                 "a checkpoint of the same model and sparse layers",
-            )  # fmt: skip
+            )
     steps_done = store.step_of(checkpoint)
     if steps_done >= cfg.trainer.steps:
-        raise UserError("trainer.steps", f"{cfg.trainer.steps}, but resume names a checkpoint of step {steps_done}", "more")
+        raise UserError(
+            "trainer.steps", f"{cfg.trainer.steps}, but resume names a checkpoint of step {steps_done}", "more"
+        )
 
 
 def check_vocabulary(cfg: TrainConfig, vocab_size: int) -> None:
@@ -103,6 +108,7 @@ def check_disk(cfg: TrainConfig, run_dir: Path, vocab_size: int) -> None:
     free = shutil.disk_usage(run_dir).free
     if free < needed:
         raise UserError(
-            "run_dir", f"{free / 1e9:.2f} GB free on the disk of {run_dir}",
+            "run_dir",
+            f"{free / 1e9:.2f} GB free on the disk of {run_dir}",
             f"{needed / 1e9:.2f} GB for {cfg.trainer.checkpoints_kept} + 1 checkpoints (trainer.checkpoints_kept)",
-        )  # fmt: skip
+        )

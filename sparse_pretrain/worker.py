@@ -58,10 +58,13 @@ def run(run_dir: Path) -> None:
     callbacks = [
         MetricsCallback(run_dir, count.flop_per_token, peak * 1e12 * cfg.trainer.devices),
         CheckpointCallback(
-            run_dir / runs.CHECKPOINTS, cfg.trainer.checkpoint_every, cfg.trainer.checkpoints_kept, cfg.trainer.steps,
+            run_dir / runs.CHECKPOINTS,
+            cfg.trainer.checkpoint_every,
+            cfg.trainer.checkpoints_kept,
+            cfg.trainer.steps,
             poll_every=cfg.trainer.log_every,
         ),
-    ]  # fmt: skip
+    ]
     trainer = lightning.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=cfg.trainer.devices,
@@ -96,9 +99,15 @@ def run(run_dir: Path) -> None:
         runs.write_json(run_dir / runs.RUN_FILE, facts)
         print_start(cfg, run_dir, facts, steps_done)
     batches = TokenDataModule(
-        tokens, seq_len=cfg.data.seq_len, batch_size=cfg.trainer.batch_size, seed=cfg.seed, total_steps=cfg.trainer.steps,
-        eval_batches=cfg.trainer.eval_batches, num_workers=cfg.data.num_workers, start_step=lambda: module.steps_done,
-    )  # fmt: skip
+        tokens,
+        seq_len=cfg.data.seq_len,
+        batch_size=cfg.trainer.batch_size,
+        seed=cfg.seed,
+        total_steps=cfg.trainer.steps,
+        eval_batches=cfg.trainer.eval_batches,
+        num_workers=cfg.data.num_workers,
+        start_step=lambda: module.steps_done,
+    )
     trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
     if trainer.is_global_zero:
         runs.write_json(run_dir / runs.SUMMARY_FILE, summarize(module, run_dir))
@@ -132,10 +141,12 @@ def print_start(cfg: TrainConfig, run_dir: Path, facts: dict[str, Any], steps_do
         f"{model['flop_per_token'] / 1e6:.1f} MFLOP per token, {model['state_bytes'] / 1e9:.2f} GB of training state; "
         f"{tokens / 1e6:.2f}M tokens in {cfg.trainer.steps} steps ({tokens * model['flop_per_token'] / 1e15:.3f} PFLOP)"
     )
-    print(f"  {facts['device']}, {facts['precision']}, peak {facts['peak_tflops']:.3g} TFLOP/s ({facts['peak_source']})")
+    print(
+        f"  {facts['device']}, {facts['precision']}, peak {facts['peak_tflops']:.3g} TFLOP/s ({facts['peak_source']})"
+    )
     if sparse:
-        share = weights / model["parameters"]
-        print(f"  recipe {cfg.recipe.name}: {len(sparse)} linear layers 2:4 sparse, {weights / 1e6:.2f}M weights ({share:.0%})")
+        share = f"{weights / 1e6:.2f}M weights ({weights / model['parameters']:.0%})"
+        print(f"  recipe {cfg.recipe.name}: {len(sparse)} linear layers 2:4 sparse, {share}")
     for row in facts["layers"]:
         if row["skipped"]:
             print(f"  {row['name']} stays dense: {row['skipped']}")

@@ -28,7 +28,9 @@ def test_every_choice_makes_a_valid_run(group, choice):
         assert getattr(cfg, group).name == choice
 
 
-@pytest.mark.parametrize(("group", "choice"), [c for c in CHOICES if c[0] not in ("experiment", "debug")], ids=lambda value: value)
+@pytest.mark.parametrize(
+    ("group", "choice"), [c for c in CHOICES if c[0] not in ("experiment", "debug")], ids=lambda value: value
+)
 def test_every_file_lists_every_option(group, choice):
     """Hydra only takes overrides of options that the YAML names."""
     schema = {"model": config.ModelConfig, "data": config.DataConfig, "recipe": config.RecipeConfig, "optimizer": config.OptimizerConfig,

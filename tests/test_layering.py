@@ -42,7 +42,10 @@ def imports(path: Path) -> set[str]:
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: relative import"
-            modules = [f"{node.module}.{alias.name}" if node.module == "sparse_pretrain" else str(node.module) for alias in node.names]
+            modules = [
+                f"{node.module}.{alias.name}" if node.module == "sparse_pretrain" else str(node.module)
+                for alias in node.names
+            ]
         else:
             continue
         for module in modules:
@@ -74,12 +77,20 @@ def test_kernels_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()  # it would shadow the installed package of that name
 
 
-@pytest.mark.parametrize("path", FILES + sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", FILES + sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_nothing_runs_code_from_data(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
             assert not (isinstance(node.func, ast.Name) and name in ("eval", "exec")), f"{path}:{node.lineno}"
-            if name == "load" and isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") == "torch":
-                safe = [k for k in node.keywords if k.arg == "weights_only" and getattr(k.value, "value", False) is True]
+            if (
+                name == "load"
+                and isinstance(node.func, ast.Attribute)
+                and getattr(node.func.value, "id", "") == "torch"
+            ):
+                safe = [
+                    k for k in node.keywords if k.arg == "weights_only" and getattr(k.value, "value", False) is True
+                ]
                 assert safe, f"{path}:{node.lineno}: torch.load without weights_only=True"

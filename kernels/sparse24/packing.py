@@ -36,9 +36,7 @@ def pack(weight: Tensor, mask: Tensor | None = None) -> Packed:
         ValueError: the shape does not fit, or a group does not keep two (without mask: at most two) entries.
     """
     if weight.dim() != 2 or weight.shape[1] % 4:
-        raise ValueError(
-            f"weight must be (rows, cols) with cols a multiple of 4; found {tuple(weight.shape)}"
-        )
+        raise ValueError(f"weight must be (rows, cols) with cols a multiple of 4; found {tuple(weight.shape)}")
     if mask is None:
         kept = weight != 0
     elif mask.shape == weight.shape and mask.dtype == torch.bool:
@@ -81,18 +79,13 @@ def unpack(packed: Packed) -> Tensor:
     values, metadata, cols = packed
     rows, words = values.shape[0], -(-cols // 16)
     if cols % 4 or values.shape != (rows, cols // 2):
-        raise ValueError(
-            f"values must be (rows, cols/2) with cols={cols} a multiple of 4; found {tuple(values.shape)}"
-        )
+        raise ValueError(f"values must be (rows, cols/2) with cols={cols} a multiple of 4; found {tuple(values.shape)}")
     if metadata.shape != (rows, words) or metadata.dtype != torch.int16:
         raise ValueError(
-            f"metadata must be int16 of shape {(rows, words)}; "
-            f"found {metadata.dtype} of {tuple(metadata.shape)}"
+            f"metadata must be int16 of shape {(rows, words)}; found {metadata.dtype} of {tuple(metadata.shape)}"
         )
     shift = 2 * torch.arange(8, dtype=torch.int32, device=values.device)
-    position = (
-        metadata.to(torch.int32).unsqueeze(2) >> shift
-    ) & 3  # the sign only reaches bits that are masked off
+    position = (metadata.to(torch.int32).unsqueeze(2) >> shift) & 3  # the sign only reaches bits that are masked off
     position = position.reshape(rows, words * 4, 2)[:, : cols // 4].to(torch.int64)
     dense = values.new_zeros(rows, cols // 4, 4)
     kept = torch.zeros_like(dense, dtype=torch.bool).scatter_(2, position, True)

@@ -62,9 +62,7 @@ def _check_weight(weight: Tensor) -> None:
     if not weight.is_floating_point():
         raise ValueError(f"weight must be floating point; found {weight.dtype}")
     if weight.dim() == 0 or weight.shape[-1] % 4:
-        raise ValueError(
-            f"in_features must be a multiple of 4; found {weight.shape[-1] if weight.dim() else 'none'}"
-        )
+        raise ValueError(f"in_features must be a multiple of 4; found {weight.shape[-1] if weight.dim() else 'none'}")
 
 
 def magnitude_mask(weight: Tensor) -> Tensor:
@@ -126,9 +124,7 @@ def transposable_mask(weight: Tensor) -> Tensor:
     """
     _check_weight(weight)
     if weight.dim() != 2 or weight.shape[0] % 4:
-        raise ValueError(
-            f"weight must be (out_features, in_features), multiples of 4; found {tuple(weight.shape)}"
-        )
+        raise ValueError(f"weight must be (out_features, in_features), multiples of 4; found {tuple(weight.shape)}")
     rows, columns = weight.shape[0] // 4, weight.shape[1] // 4
     blocks = weight.detach().reshape(rows, 4, columns, 4).permute(1, 3, 0, 2).float().abs().reshape(4, 4, -1)
     blocks = blocks.nan_to_num_(nan=SCORE_CAP).clamp_(max=SCORE_CAP)
@@ -191,9 +187,7 @@ def soft_threshold_scale(weight: Tensor) -> Tensor:
 def _token_groups(grad: Tensor, *uniforms: Tensor) -> Tensor:
     """`grad` (tokens, features) as (ceil(tokens / 4), 4, features) float32, padded with zero rows."""
     if grad.dim() != 2 or not grad.is_floating_point():
-        raise ValueError(
-            f"grad must be floating point (tokens, features); found {grad.dtype} {tuple(grad.shape)}"
-        )
+        raise ValueError(f"grad must be floating point (tokens, features); found {grad.dtype} {tuple(grad.shape)}")
     tokens, features = grad.shape
     shape = (-(-tokens // 4), features)
     for uniform in uniforms:

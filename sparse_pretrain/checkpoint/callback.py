@@ -30,7 +30,9 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         store.save(checkpoint, Path(path))
 
-    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         return store.load(Path(path), map_location or "cpu")
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -65,14 +67,18 @@ class CheckpointCallback(lightning.Callback):
         step = int(pl_module.steps_done)  # type: ignore[arg-type]
         interrupted = self.received is not None
         if trainer.world_size > 1:  # a signal may reach one rank only; asking each step would cost a sync
-            interrupted = step % self.poll_every == 0 and trainer.strategy.reduce_boolean_decision(interrupted, all=False)
+            interrupted = step % self.poll_every == 0 and trainer.strategy.reduce_boolean_decision(
+                interrupted, all=False
+            )
         if step % self.every == 0 or step == self.total_steps or interrupted:
             trainer.save_checkpoint(store.checkpoint_folder(self.folder, step))
             if trainer.is_global_zero:
                 store.prune(self.folder, self.kept)
         if interrupted and step < self.total_steps:
             name = signal.Signals(self.received).name if self.received is not None else "a signal to another rank"
-            raise Interrupted(f"{name}: checkpoint saved at step {step} of {self.total_steps}; the same command continues it")
+            raise Interrupted(
+                f"{name}: checkpoint saved at step {step} of {self.total_steps}; the same command continues it"
+            )
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         for number, handler in self._previous.items():

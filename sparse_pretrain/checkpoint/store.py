@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -45,7 +45,7 @@ def save(state: dict[str, Any], folder: Path) -> None:
         partial.mkdir(parents=True)
         with open(partial / STATE_FILE, "wb") as file:
             writer = _HashingWriter(file)
-            torch.save(state, writer)
+            torch.save(state, cast("IO[bytes]", writer))
             _sync(file)
         manifest = {"format": 1, "bytes": writer.bytes, "sha256": writer.sha256.hexdigest()}
         with open(partial / MANIFEST_FILE, "w") as file:
@@ -62,9 +62,11 @@ def save(state: dict[str, Any], folder: Path) -> None:
         if isinstance(error, RuntimeError) and not isinstance(error.__context__, OSError):
             raise
         raise UserError(
-            str(folder), "no space left on the disk" if full else f"that it cannot be written ({error})",
-            "a folder with room for it", hint="Earlier checkpoints are untouched",
-        ) from error  # fmt: skip
+            str(folder),
+            "no space left on the disk" if full else f"that it cannot be written ({error})",
+            "a folder with room for it",
+            hint="Earlier checkpoints are untouched",
+        ) from error
 
 
 def load(folder: Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -109,7 +111,7 @@ def list_steps(checkpoints: Path) -> list[int]:
 
 def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, if any, and a sentence for each newer one that is damaged."""
-    notes = []
+    notes: list[str] = []
     for step in reversed(list_steps(checkpoints)):
         folder = checkpoint_folder(checkpoints, step)
         problem = damage(folder)

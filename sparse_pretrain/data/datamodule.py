@@ -24,9 +24,7 @@ class SequenceDataset(Dataset[Tensor]):
     reads.
     """
 
-    def __init__(
-        self, store: TokenStore, split: Split, seq_len: int, rows: Callable[[int], np.ndarray]
-    ) -> None:
+    def __init__(self, store: TokenStore, split: Split, seq_len: int, rows: Callable[[int], np.ndarray]) -> None:
         self.store, self.split, self.seq_len, self.rows = store, split, seq_len, rows
         self._tokens: np.ndarray | None = None
 
@@ -124,9 +122,7 @@ class _TrainRows:
         return self.sampler.rank_indices(step, self.rank, self.world_size)
 
 
-def _loader(
-    dataset: SequenceDataset, items: Sequence[int], num_workers: int, pin_memory: bool
-) -> DataLoader[Tensor]:
+def _loader(dataset: SequenceDataset, items: Sequence[int], num_workers: int, pin_memory: bool) -> DataLoader[Tensor]:
     return DataLoader(
         dataset,
         sampler=items,
@@ -205,7 +201,5 @@ class TokenDataModule(lightning.LightningDataModule):
 
     def _trainer(self) -> lightning.Trainer:
         if self.trainer is None:
-            raise RuntimeError(
-                "a TokenDataModule gives loaders only once a Trainer uses it; see train_loader"
-            )
+            raise RuntimeError("a TokenDataModule gives loaders only once a Trainer uses it; see train_loader")
         return self.trainer

@@ -43,9 +43,7 @@ def corpus(cfg: DataConfig) -> Corpus:
 
     def read() -> Iterator[tuple[Split, Document]]:
         if cfg.hf_validation_split is None:
-            yield from hold_out(
-                _documents(cfg, cfg.hf_train_split, "data.hf_train_split"), cfg.validation_share
-            )
+            yield from hold_out(_documents(cfg, cfg.hf_train_split, "data.hf_train_split"), cfg.validation_share)
             return
         for document in _documents(cfg, cfg.hf_validation_split, "data.hf_validation_split"):
             yield "validation", document

@@ -63,9 +63,7 @@ def stdlib_corpus(cfg: DataConfig) -> Corpus:
 def _stdlib_corpus(root: Path, share: float) -> Corpus:
     documents = list(dict.fromkeys(stdlib_documents(root)))
     if not documents:
-        raise UserError(
-            "data.source", f"stdlib, but no .py files in {root}", "text or huggingface on this Python"
-        )
+        raise UserError("data.source", f"stdlib, but no .py files in {root}", "text or huggingface on this Python")
     hashes = [content_hash(document).hex() for document in documents]
 
     def read() -> Iterator[tuple[Split, Document]]:
@@ -79,11 +77,7 @@ def stdlib_documents(root: Path) -> Iterator[Document]:
     """The texts under `root` worth reading, in the order of their paths."""
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
-        if (
-            SKIPPED_FOLDERS.intersection(parts)
-            or path.name.startswith("_sysconfigdata")
-            or not path.is_file()
-        ):
+        if SKIPPED_FOLDERS.intersection(parts) or path.name.startswith("_sysconfigdata") or not path.is_file():
             continue
         try:
             text = path.read_bytes().decode("utf-8")
@@ -109,9 +103,7 @@ def text_corpus(cfg: DataConfig) -> Corpus:
     `data.validation`, `hold_out` decides. `data.max_documents` counts distinct documents, in each split on
     its own. The digest is of the files' bytes and these settings, not of their names."""
     if not cfg.train:
-        raise UserError(
-            "data.train", "nothing", "a list of files, folders or globs, as data.train=[corpus/*.txt]"
-        )
+        raise UserError("data.train", "nothing", "a list of files, folders or globs, as data.train=[corpus/*.txt]")
     train = find_files(cfg.train, "data.train")
     validation = find_files(cfg.validation, "data.validation")
     settings = {
@@ -166,9 +158,7 @@ def find_files(entries: list[str], option: str) -> list[Path]:
                     f"one with {', '.join(TEXT_SUFFIXES)} (or those .gz, .xz)",
                 )
         else:
-            files = sorted(
-                Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()
-            )
+            files = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
             if not files:
                 raise UserError(
                     option, f"{entry}, which is not there", "existing files, folders or globs", _nearest(path)
@@ -216,9 +206,7 @@ def file_documents(path: Path, option: str) -> Iterator[Document]:
             "UTF-8 text, plain or .gz or .xz",
         ) from error
     except (lzma.LZMAError, EOFError, OSError) as error:
-        raise UserError(
-            option, f"{path}, which cannot be read ({error})", "UTF-8 text, plain or .gz or .xz"
-        ) from error
+        raise UserError(option, f"{path}, which cannot be read ({error})", "UTF-8 text, plain or .gz or .xz") from error
     text = "".join(lines)
     if text.strip():
         yield text

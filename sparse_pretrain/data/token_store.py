@@ -121,8 +121,7 @@ class TokenStore:
     def digest(self) -> str:
         """Hex sha256 of what a model sees: tokenizer and both splits. To be shown with every result."""
         return digest_of(
-            [self.manifest["tokenizer_sha256"]]
-            + [self.manifest["splits"][split]["sha256"] for split in SPLITS]
+            [self.manifest["tokenizer_sha256"]] + [self.manifest["splits"][split]["sha256"] for split in SPLITS]
         )
 
     def _bin(self, split: Split) -> Path:
@@ -130,9 +129,7 @@ class TokenStore:
 
 
 def _damaged(folder: Path, what: str) -> UserError:
-    return UserError(
-        f"token store {folder}", what, "a complete store", "Delete the folder to have it built anew"
-    )
+    return UserError(f"token store {folder}", what, "a complete store", "Delete the folder to have it built anew")
 
 
 def prepare(cfg: DataConfig) -> TokenStore:

@@ -69,11 +69,13 @@ class Attention(nn.Module):
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
         y = F.scaled_dot_product_attention(
-            q, k, v,
+            q,
+            k,
+            v,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=True,
             enable_gqa=self.n_kv_head != self.n_head,
-        )  # fmt: skip
+        )
         return self.out(y.transpose(1, 2).reshape(batch, tokens, d_model))
 
 

@@ -58,9 +58,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-        generator: torch.Generator | None = None, stop_token: int | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+        stop_token: int | None = None,
+    ) -> Tensor:
         """Continue `tokens` (1, n) one sampled token at a time; temperature 0 takes the likeliest.
 
         Returns (1, n + new) ids; stops early after `stop_token`. Only the last `max_seq_len` tokens are seen.

@@ -77,7 +77,9 @@ class AdamW(torch.optim.AdamW):
         """1, or 0 for a step that is to be dropped."""
         return 1.0 if self.found_inf is None else 1.0 - self.found_inf
 
-    def _step_with_decayed_momentum(self, weight: nn.Parameter, mask: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _step_with_decayed_momentum(
+        self, weight: nn.Parameter, mask: Tensor, grad: Tensor, group: dict[str, Any]
+    ) -> None:
         """m ← β₁m + (1−β₁)g;  u = m + λ(1−M)⊙W;  v ← β₂v + (1−β₂)u²;  W ← W − lr·(u/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + ε)."""
         state = self.state[weight]
         if not state:  # the same entries as torch's own, so that checkpoints do not depend on the place
@@ -91,7 +93,9 @@ class AdamW(torch.optim.AdamW):
         update = momentum + self.decay.term(weight, mask)
         variance = torch.lerp(state["exp_avg_sq"], update.square(), 1 - beta2)
         denominator = (variance / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        change = weight * (group["lr"] * group["weight_decay"]) + update / denominator * (group["lr"] / (1 - beta1**step))
+        change = weight * (group["lr"] * group["weight_decay"]) + update / denominator * (
+            group["lr"] / (1 - beta1**step)
+        )
         keep = live > 0
         state["step"].copy_(torch.where(keep, step, state["step"]))
         state["exp_avg"].copy_(torch.where(keep, momentum, state["exp_avg"]))

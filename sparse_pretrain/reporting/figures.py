@@ -73,9 +73,7 @@ def loss_figure(runs: Sequence[RunData], styles: Sequence[RunStyle]) -> str:
         by_tokens.set(title="Loss by tokens", xlabel=f"tokens{unit}", ylabel="loss (nats per token)")
         scale, unit = _time_unit(max(float(run.rows["seconds"][-1]) for run in runs))
         _losses(by_time, runs, styles, "seconds", scale)
-        by_time.set(
-            title="Loss by training time", xlabel=f"{unit} of training, without validation and checkpoints"
-        )
+        by_time.set(title="Loss by training time", xlabel=f"{unit} of training, without validation and checkpoints")
         low, high = _loss_range(runs)
         by_tokens.set_ylim(low - 0.04 * (high - low), high)
         by_time.tick_params(labelleft=True)
@@ -102,9 +100,7 @@ def sparsity_figure(runs: Sequence[RunData], styles: Sequence[RunStyle]) -> str 
             ax.axhline(0, color=DENSE_COLOURS[0], linewidth=1.2, label="dense")
             for (tokens, gap), style in gaps:
                 ax.plot(tokens / scale, gap, **_validation(style, len(gap)), label=style.label)
-            ax.set(
-                title="Validation loss above dense, at equal tokens", xlabel=f"tokens{unit}", xlim=(0, None)
-            )
+            ax.set(title="Validation loss above dense, at equal tokens", xlabel=f"tokens{unit}", xlim=(0, None))
             ax.set_ylabel("loss - dense loss (nats per token)")
             _legend_below(ax)
         if flips:
@@ -187,10 +183,15 @@ def _losses(ax: Axes, runs: Sequence[RunData], styles: Sequence[RunStyle], colum
         ax.axvline(at, color=colour, linestyle=":", linewidth=1)
         if mark < 8:  # below one another, as long as they do not get down to the curves
             ax.annotate(
-                f" {phase} ", (at, 0.985 - 0.055 * mark), xycoords=("data", "axes fraction"), color=colour,
-                ha="right" if at > ax.get_xlim()[1] / 2 else "left", va="top", fontsize=8,
+                f" {phase} ",
+                (at, 0.985 - 0.055 * mark),
+                xycoords=("data", "axes fraction"),
+                color=colour,
+                ha="right" if at > ax.get_xlim()[1] / 2 else "left",
+                va="top",
+                fontsize=8,
                 bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.8},
-            )  # fmt: skip
+            )
 
 
 def _legend_below(ax: Axes) -> None:
@@ -206,16 +207,26 @@ def _columns(handles: Sequence[Artist], width: int) -> int:
 
 def _validation(style: RunStyle, points: int) -> dict[str, Any]:
     return {
-        "color": style.colour, "linestyle": style.line, "linewidth": 1.6, "marker": style.marker,
-        "markersize": 4, "markevery": max(1, points // 16),
-    }  # fmt: skip
+        "color": style.colour,
+        "linestyle": style.line,
+        "linewidth": 1.6,
+        "marker": style.marker,
+        "markersize": 4,
+        "markevery": max(1, points // 16),
+    }
 
 
 def _handle(style: RunStyle) -> Line2D:
     return Line2D(
-        [], [], color=style.colour, linestyle=style.line, linewidth=2, marker=style.marker, markersize=5,
+        [],
+        [],
+        color=style.colour,
+        linestyle=style.line,
+        linewidth=2,
+        marker=style.marker,
+        markersize=5,
         label=style.label,
-    )  # fmt: skip
+    )
 
 
 def _loss_range(runs: Sequence[RunData]) -> tuple[float, float]:
@@ -242,9 +253,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)
 
 
-def _with_dense(
-    runs: Sequence[RunData], styles: Sequence[RunStyle]
-) -> Iterator[tuple[RunData, RunData, RunStyle]]:
+def _with_dense(runs: Sequence[RunData], styles: Sequence[RunStyle]) -> Iterator[tuple[RunData, RunData, RunStyle]]:
     for run, style in zip(runs, styles, strict=True):
         dense = dense_counterpart(run, runs)
         if dense is not None:

@@ -62,9 +62,7 @@ def write_report(runs: Sequence[RunData], out: Path) -> Path:
     """Write the page about `runs` to `out`, in one piece."""
     runs = dense_first(runs)
     names = labels(runs)
-    title = (
-        f"{_each(run.config.model.name for run in runs)} on {_each(run.config.data.name for run in runs)}: "
-    )
+    title = f"{_each(run.config.model.name for run in runs)} on {_each(run.config.data.name for run in runs)}: "
     title += ", ".join(names) if len(runs) < 5 else f"{len(runs)} runs"
     styles = figures.run_styles(runs, names)
     body = [
@@ -136,9 +134,7 @@ def _how_to_read(runs: Sequence[RunData]) -> list[str]:
             "sparse training, the speed is not, and a sparse run is no faster than dense here."
         )
     if len(runs) > 1 and len({run.config.seed for run in runs}) == 1:
-        notes.append(
-            "One seed: small differences of loss may be chance; repeat with other seeds before trusting them."
-        )
+        notes.append("One seed: small differences of loss may be chance; repeat with other seeds before trusting them.")
     return notes
 
 
@@ -179,12 +175,8 @@ def _masks(runs: Sequence[RunData], names: Sequence[str]) -> list[str]:
             if len(steps) > 1:
                 changed = (first[layer] != last[layer]).mean()
                 cells.append((figures.change_picture(first[layer], last[layer]), f"{changed:.1%} changed"))
-            pictures = "".join(
-                f'<td><img src="{uri}" alt="{escape(layer)}, {text}">{text}</td>' for uri, text in cells
-            )
-            rows.append(
-                f'<tr><th colspan="{len(cells)}"><code>{escape(layer)}</code></th></tr><tr>{pictures}</tr>\n'
-            )
+            pictures = "".join(f'<td><img src="{uri}" alt="{escape(layer)}, {text}">{text}</td>' for uri, text in cells)
+            rows.append(f'<tr><th colspan="{len(cells)}"><code>{escape(layer)}</code></th></tr><tr>{pictures}</tr>\n')
         parts.append(f"<h3>{escape(name)}</h3>\n{_grid('', ''.join(rows), 'masks')}")
     return parts
 
@@ -227,21 +219,23 @@ def _facts(runs: Sequence[RunData], names: Sequence[str]) -> str:
     for run in runs:
         facts, corpus = run.facts, run.facts["corpus"]
         peak = facts.get("peak_tflops")
-        columns.append({
-            "folder": str(run.folder),
-            "id": facts["id"],
-            "again": facts["command"],
-            "device": facts["device"],
-            "precision": facts["precision"],
-            "peak": f"{peak:.3g} TFLOP/s ({facts['peak_source']})" if peak else "-",
-            "memory": f"{run.rows['train/memory_gb'].max():.2f} GB",
-            "dropped steps": f"{run.rows['train/dropped_steps'][-1]:.0f}",
-            "parameters": f"{facts['model']['parameters']:,}",
-            "corpus": f"{corpus['name']}, {corpus['train_tokens']:,} tokens",
-            "corpus digest": corpus["digest"],
-            "Python": facts["python"],
-            **facts["packages"],
-        })  # fmt: skip
+        columns.append(
+            {
+                "folder": str(run.folder),
+                "id": facts["id"],
+                "again": facts["command"],
+                "device": facts["device"],
+                "precision": facts["precision"],
+                "peak": f"{peak:.3g} TFLOP/s ({facts['peak_source']})" if peak else "-",
+                "memory": f"{run.rows['train/memory_gb'].max():.2f} GB",
+                "dropped steps": f"{run.rows['train/dropped_steps'][-1]:.0f}",
+                "parameters": f"{facts['model']['parameters']:,}",
+                "corpus": f"{corpus['name']}, {corpus['train_tokens']:,} tokens",
+                "corpus digest": corpus["digest"],
+                "Python": facts["python"],
+                **facts["packages"],
+            }
+        )
     keys = list(dict.fromkeys(key for column in columns for key in column))
     return _table("Facts", names, [[key, *(column.get(key, "-") for column in columns)] for key in keys])
 

@@ -110,9 +110,7 @@ def _read_snapshots(folder: Path) -> dict[int, dict[str, np.ndarray]]:
     for path in {paths[0], paths[len(paths) // 2], paths[-1]} if paths else ():
         try:
             with open(path, "rb") as file, np.load(file) as masks:
-                snapshots[int(path.stem.removeprefix("step-"))] = {
-                    name: masks[name].astype(bool) for name in masks
-                }
+                snapshots[int(path.stem.removeprefix("step-"))] = {name: masks[name].astype(bool) for name in masks}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             continue  # cut short by a kill; the run writes it again when it goes on
     return dict(sorted(snapshots.items()))

@@ -88,9 +88,7 @@ def _notes(runs: Sequence[RunData], names: Sequence[str]) -> list[str]:
     elif sparse:
         notes.append("vs dense: change of the validation loss; lower is better.")
     if sparse:
-        notes.append(
-            "flip rate: share of mask entries changed by the last refresh / steps between refreshes."
-        )
+        notes.append("flip rate: share of mask entries changed by the last refresh / steps between refreshes.")
         notes.append("2:4: share of all parameters in 2:4 layers.")
     ends_dense = [
         name

@@ -1,15 +1,15 @@
 """2:4 sparse training of any `nn.Module`: swap its linear layers, then follow a recipe step by step.
 
-    recipe = load_recipe("fst")
-    sparsify(model, recipe)
-    training = SparseTraining(model, recipe, total_steps=1000, seed=1)
-    optimizer = AdamW(parameter_groups(model, 0.1), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, decay=training.decay)
-    training.prepare(0)
-    for step in range(1000):
-        training.at_tokens(first_token=0)
-        loss(model).backward()
-        optimizer.step()
-        training.prepare(step + 1)
+recipe = load_recipe("fst")
+sparsify(model, recipe)
+training = SparseTraining(model, recipe, total_steps=1000, seed=1)
+optimizer = AdamW(parameter_groups(model, 0.1), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, decay=training.decay)
+training.prepare(0)
+for step in range(1000):
+    training.at_tokens(first_token=0)
+    loss(model).backward()
+    optimizer.step()
+    training.prepare(step + 1)
 """
 
 from sparse_pretrain.sparsity.linear import SparseLinear

@@ -85,7 +85,8 @@ class SparseLinear(nn.Module):
     def dense_layer(self) -> nn.Module:
         """The swapped layer, holding the weight that this one computes with now."""
         (dense,) = self._dense
-        dense.weight, dense.bias = self.weight, self.bias
+        dense.weight = self.weight
+        dense.register_parameter("bias", self.bias)
         if self.sparse_weight is not None:
             with torch.no_grad():
                 self._out_by_in(self.weight).copy_(self.sparse_weight)

@@ -84,7 +84,8 @@ class SparseTraining:
             self._counter = torch.zeros(2, dtype=torch.int64, device=device)
             if self.recipe.weight_gradient == "mvue":
                 for index, layer in enumerate(layers):
-                    layer.mvue = MvueKey(self.seed, index, self._counter)
+                    # The index as a tensor: blocks compiled from one code share their graph.
+                    layer.mvue = MvueKey(self.seed, torch.tensor(index, device=device), self._counter)
         self.decay.masks = {layer.weight: layer.mask for layer in layers}
 
     def flip_rate(self) -> float | None:

@@ -48,7 +48,9 @@ def sparsify(
             be 2:4; or nothing is left to swap. A layer matched by a wildcard whose shape cannot be 2:4 is skipped, and
             says so in its row.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)}
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)
+    }
     if recipe.projection == "none":
         return [_row(name, module, sparse=False) for name, module in linears.items()]
     include = recipe.include if include is None else include
@@ -56,11 +58,15 @@ def sparsify(
     if include is None:
         include = [pattern for pattern in FFN_PATTERNS if any(fnmatchcase(name, pattern) for name in linears)]
         if not include:
-            raise UserError("recipe.include", "no FFN layer by its usual names", "patterns of layer names", _names(linears))
+            raise UserError(
+                "recipe.include", "no FFN layer by its usual names", "patterns of layer names", _names(linears)
+            )
     for option, patterns in (("recipe.include", include), ("recipe.exclude", exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in linears):
-                raise UserError(option, f"{pattern}, which matches no linear layer", "patterns of layer names", _names(linears))
+                raise UserError(
+                    option, f"{pattern}, which matches no linear layer", "patterns of layer names", _names(linears)
+                )
 
     rows = []
     for name, module in linears.items():
@@ -91,7 +97,7 @@ def densify(model: nn.Module) -> nn.Module:
 
 def _row(name: str, module: nn.Module, sparse: bool) -> LayerRow:
     rows, columns = module.weight.shape  # type: ignore[misc]
-    return LayerRow(name, columns, rows, sparse) if is_conv1d(module) else LayerRow(name, rows, columns, sparse)  # type: ignore[arg-type]
+    return LayerRow(name, columns, rows, sparse) if is_conv1d(module) else LayerRow(name, rows, columns, sparse)
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -51,9 +51,11 @@ class CausalLM(lightning.LightningModule):
         optimizer = self.cfg.optimizer
         return AdamW(
             parameter_groups(self.model, optimizer.weight_decay),
-            lr=optimizer.lr, betas=(optimizer.betas[0], optimizer.betas[1]), eps=optimizer.eps,
+            lr=optimizer.lr,
+            betas=(optimizer.betas[0], optimizer.betas[1]),
+            eps=optimizer.eps,
             decay=self.sparse_training.decay,
-        )  # fmt: skip
+        )
 
     def on_fit_start(self) -> None:
         self.sparse_training.prepare(self.steps_done, refresh=not self._resumed)

@@ -53,11 +53,13 @@ class StepGuard(nn.Module):
         """
         overflow = ~torch.isfinite(grad_norm)
         warm = self.good_steps >= WARMUP_STEPS
-        bad = torch.stack((
-            ~torch.isfinite(loss) | overflow,
-            warm & (loss > self.cfg.loss_spike_factor * self.loss_average),
-            warm & (grad_norm > self.cfg.gradient_spike_factor * self.norm_average),
-        ))  # fmt: skip
+        bad = torch.stack(
+            (
+                ~torch.isfinite(loss) | overflow,
+                warm & (loss > self.cfg.loss_spike_factor * self.loss_average),
+                warm & (grad_norm > self.cfg.gradient_spike_factor * self.norm_average),
+            )
+        )
         bad &= torch.tensor([action != "off" for action in self.actions], device=bad.device)
         stops = bad & torch.tensor([action == "stop" for action in self.actions], device=bad.device)
         if loss_scaled:
@@ -96,6 +98,8 @@ class StepGuard(nn.Module):
         if in_row > self.cfg.max_skipped:
             what += f", for more than {self.cfg.max_skipped} steps in a row"
         raise UserError(
-            f"trainer.guard.{cause}", f"{what}, at step {step}: training stopped", "steps without it",
-            hint="A lower optimizer.lr or a longer scheduler.warmup_steps usually helps; checkpoints up to then are kept",
-        )  # fmt: skip
+            f"trainer.guard.{cause}",
+            f"{what}, at step {step}: training stopped",
+            "steps without it",
+            hint="Usually a lower optimizer.lr or more scheduler.warmup_steps helps; checkpoints up to then are kept",
+        )

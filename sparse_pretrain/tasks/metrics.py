@@ -58,9 +58,14 @@ class MetricsCallback(lightning.Callback):
         assert isinstance(pl_module, CausalLM)
         if trainer.is_global_zero:
             self._bar = tqdm(
-                total=pl_module.cfg.trainer.steps, initial=pl_module.steps_done, desc=self.run_dir.name, unit="step",
-                disable=None, dynamic_ncols=True, smoothing=0.05,
-            )  # fmt: skip
+                total=pl_module.cfg.trainer.steps,
+                initial=pl_module.steps_done,
+                desc=self.run_dir.name,
+                unit="step",
+                disable=None,
+                dynamic_ncols=True,
+                smoothing=0.05,
+            )
         self._resume()
 
     def on_train_batch_end(
@@ -153,7 +158,8 @@ def save_mask_snapshot(module: CausalLM, run_dir: Path, step: int) -> None:
         return
     chosen = {round(i * (len(layers) - 1) / (SNAPSHOT_LAYERS - 1)) for i in range(SNAPSHOT_LAYERS)}
     corners = {
-        layers[i][0]: layers[i][1].mask[:SNAPSHOT_ROWS, :SNAPSHOT_COLUMNS].to("cpu", torch.uint8).numpy() for i in sorted(chosen)
+        layers[i][0]: layers[i][1].mask[:SNAPSHOT_ROWS, :SNAPSHOT_COLUMNS].to("cpu", torch.uint8).numpy()
+        for i in sorted(chosen)
     }
     folder = run_dir / "masks"
     folder.mkdir(exist_ok=True)

@@ -70,7 +70,9 @@ def evaluate(capsys, *arguments) -> tuple[str, float]:
 
 def test_evaluate_gives_the_same_numbers_for_every_representation(trained, capsys):
     checkpoint = f"checkpoint={run_of(trained, 'ste')}"
-    results = {weights: evaluate(capsys, checkpoint, f"weights={weights}") for weights in ("auto", "dense", "sparse", "packed")}
+    results = {
+        weights: evaluate(capsys, checkpoint, f"weights={weights}") for weights in ("auto", "dense", "sparse", "packed")
+    }
     assert len({loss for _, loss in results.values()}) == 1
     assert "packed: values and 2-bit metadata in 4 layers" in results["packed"][0]
     assert "with 2:4 zeros in 4 layers" in results["dense"][0]
@@ -129,7 +131,9 @@ def test_version_and_overview(capsys):
 
 
 def test_help_lists_groups_and_options():
-    result = subprocess.run([sys.executable, "-m", "sparse_pretrain.cli", "train", "--help"], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "sparse_pretrain.cli", "train", "--help"], capture_output=True, text=True, check=True
+    )
     assert "recipe: dense, fst, sr_ste, ste" in result.stdout
     assert "refresh_every: 40" in result.stdout
 
@@ -158,7 +162,9 @@ def test_a_signal_saves_and_exits_with_75(tmp_path, corpus, number):
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75
-    (step,) = re.findall(rf"{number.name}: checkpoint saved at step (\d+) of 2000; the same command continues it", errors)
+    (step,) = re.findall(
+        rf"{number.name}: checkpoint saved at step (\d+) of 2000; the same command continues it", errors
+    )
     newest, notes = store.newest_valid(tmp_path / "run" / runs.CHECKPOINTS)
     assert newest.name == f"step-{int(step):08d}"
     assert not notes
@@ -166,7 +172,13 @@ def test_a_signal_saves_and_exits_with_75(tmp_path, corpus, number):
 
 @pytest.mark.slow
 def test_sigkill_at_random_moments_never_changes_the_result(tmp_path, corpus):
-    options = ["trainer.steps=300", "trainer.checkpoint_every=7", "trainer.eval_every=50", "trainer.log_every=3", "trainer.micro_batch_size=2"]
+    options = [
+        "trainer.steps=300",
+        "trainer.checkpoint_every=7",
+        "trainer.eval_every=50",
+        "trainer.log_every=3",
+        "trainer.micro_batch_size=2",
+    ]
     whole = start(tmp_path / "whole", corpus, *options)
     assert whole.wait(timeout=120) == 0
     draw = random.Random(0)

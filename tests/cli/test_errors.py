@@ -51,6 +51,7 @@ def error_of(capsys, *arguments: str) -> str:
         (["train", "trainer.precision=fp8"], "trainer.precision: found fp8; allowed: auto, fp32, bf16, fp16"),
         (["train", "name=a/b"], "name: found 'a/b'; allowed: letters"),
         (["train", "trainer.steps=1,2"], "trainer.steps=1,2: found several values; allowed: one value, or -m"),
+        (["train", "--fast"], "options: found unrecognized arguments: --fast; allowed: option=value, -m"),
         (["train", "nonsense"], "nonsense: found something that is not option=value"),
         (["train", "--config-dir", "/nowhere"], "--config-dir: found /nowhere; allowed: a folder"),
         (["train", "-m", "recipe=fst,stee"], "recipe: found stee; allowed: dense, fst, sr_ste, ste; did you mean ste?"),
@@ -89,7 +90,11 @@ def test_missing_and_tiny_corpora(capsys, tmp_path, monkeypatch):
 
 def test_errors_and_help_come_in_about_a_second():
     start = time.perf_counter()
-    result = subprocess.run([sys.executable, "-X", "importtime", "-m", "sparse_pretrain.cli", "train", "model=gpt"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "sparse_pretrain.cli", "train", "model=gpt"],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 2
     assert "error: model: found gpt" in result.stderr
     assert " torch" not in result.stderr  # the reason it is quick, which a slow machine cannot hide
@@ -98,7 +103,14 @@ def test_errors_and_help_come_in_about_a_second():
 
 def test_load_rejects_what_is_not_in_the_schema():
     with pytest.raises(UserError, match="recipe.name: found nothing"):
-        config.load(config.TrainConfig, {"model": {"name": "a", "n_layer": 1, "n_head": 1, "d_model": 4}, "data": {"name": "b", "source": "stdlib"}, "recipe": {}})
+        config.load(
+            config.TrainConfig,
+            {
+                "model": {"name": "a", "n_layer": 1, "n_head": 1, "d_model": 4},
+                "data": {"name": "b", "source": "stdlib"},
+                "recipe": {},
+            },
+        )
     with pytest.raises(UserError, match="model: found 3; allowed: a group of options"):
         config.load(config.TrainConfig, {"model": 3})
 

@@ -41,10 +41,7 @@ def test_items_are_the_sampled_sequences(store, sampler):
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_the_global_batch_does_not_depend_on_ranks_and_workers(store, sampler, num_workers, world_size):
     expected = list(train_loader(store, sampler, range(5)))
-    ranks = [
-        list(train_loader(store, sampler, range(5), rank, world_size, num_workers))
-        for rank in range(world_size)
-    ]
+    ranks = [list(train_loader(store, sampler, range(5), rank, world_size, num_workers)) for rank in range(world_size)]
     for step in range(5):
         assert torch.equal(torch.cat([items[step] for items in ranks]), expected[step])
 
@@ -82,9 +79,7 @@ def test_ranks_must_divide_the_batch(store, sampler):
 
 
 def validation_items(store, eval_batches, world_size):
-    loaders = [
-        validation_loader(store, SEQ_LEN, BATCH, eval_batches, rank, world_size) for rank in range(world_size)
-    ]
+    loaders = [validation_loader(store, SEQ_LEN, BATCH, eval_batches, rank, world_size) for rank in range(world_size)]
     items = [list(loader) for loader in loaders]
     assert [len(loader) for loader in loaders] == [len(rank) for rank in items]
     assert len({len(rank) for rank in items}) == 1

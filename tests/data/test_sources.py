@@ -116,9 +116,7 @@ def test_duplicates_go_also_between_train_and_given_validation(tmp_path):
     train = write_corpus(tmp_path / "train.txt", range(50))
     copy = write_corpus(tmp_path / "copy.txt", range(40, 60))
     validation = write_corpus(tmp_path / "validation.txt", range(5))
-    got_train, got_validation = splits(
-        open_corpus(text_config([train, copy, train], validation=[str(validation)]))
-    )
+    got_train, got_validation = splits(open_corpus(text_config([train, copy, train], validation=[str(validation)])))
     assert got_train == [document(seed) for seed in range(5, 60)]
     assert got_validation == [document(seed) for seed in range(5)]
 

@@ -37,9 +37,7 @@ print(token_store.prepare(cfg).digest)
 def start_build(corpus_file, pause: float) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     command = [sys.executable, "-c", BUILD, str(corpus_file), str(pause)]
-    return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -104,9 +102,7 @@ def test_a_second_time_nothing_is_built(make_config, monkeypatch):
     assert prepare(make_config(seq_len=32, num_workers=4)) == store
 
 
-def test_killed_builds_go_on_and_end_in_the_same_bytes(
-    corpus_file, make_config, cache, monkeypatch, tmp_path
-):
+def test_killed_builds_go_on_and_end_in_the_same_bytes(corpus_file, make_config, cache, monkeypatch, tmp_path):
     build = start_build(corpus_file, pause=0.05)
     deadline = time.monotonic() + 60
     while len(finished := list(cache.glob("tokens/*/shards/*.bin"))) < 5 and time.monotonic() < deadline:
@@ -182,9 +178,7 @@ def test_verify_finds_a_changed_token(make_config):
 def test_too_long_sequences(make_config):
     longest = prepare(make_config()).num_tokens("validation") - 1
     prepare(make_config(seq_len=longest))
-    with pytest.raises(
-        UserError, match=rf"data\.seq_len.*validation has {longest + 1} tokens.*at most {longest} "
-    ):
+    with pytest.raises(UserError, match=rf"data\.seq_len.*validation has {longest + 1} tokens.*at most {longest} "):
         prepare(make_config(seq_len=longest + 1))
 
 

@@ -81,9 +81,7 @@ def test_training_is_the_same_in_any_process_with_any_threads(content, environme
     )
     path = os.pathsep.join([str(REPO), str(REPO / "tests" / "data")])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "random", **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == hashlib.sha256(content).hexdigest()
 
 

@@ -85,7 +85,14 @@ def test_rotary_scores_depend_on_distance_only():
 # Parameters with GPT-2's vocabulary padded to 50304, without biases: nanoGPT's and the papers' sizes.
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("gpt2_124m", 124), ("gpt2_350m", 354), ("gpt2_774m", 773), ("gpt2_1558m", 1557), ("llama_1b", 1236), ("llama_7b", 6738)],
+    [
+        ("gpt2_124m", 124),
+        ("gpt2_350m", 354),
+        ("gpt2_774m", 773),
+        ("gpt2_1558m", 1557),
+        ("llama_1b", 1236),
+        ("llama_7b", 6738),
+    ],
 )
 def test_sizes_are_as_named(name, millions):
     cfg = load(ModelConfig, yaml.safe_load((config_dir() / "model" / f"{name}.yaml").read_text()))

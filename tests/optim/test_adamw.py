@@ -27,8 +27,12 @@ def test_update_is_the_published_one(place):
     mask = torch.rand(8, 16) < 0.5
     other = nn.Parameter(torch.randn(5, 3))
     decay = MaskedDecay(place=place, factor=FACTOR, masks={weight: mask})
-    optimizer = AdamW([{"params": [weight, other], "weight_decay": WEIGHT_DECAY}], lr=LR, betas=BETAS, eps=EPS, decay=decay)
-    expected = {p: (p.detach().double(), torch.zeros(p.shape).double(), torch.zeros(p.shape).double()) for p in (weight, other)}
+    optimizer = AdamW(
+        [{"params": [weight, other], "weight_decay": WEIGHT_DECAY}], lr=LR, betas=BETAS, eps=EPS, decay=decay
+    )
+    expected = {
+        p: (p.detach().double(), torch.zeros(p.shape).double(), torch.zeros(p.shape).double()) for p in (weight, other)
+    }
     masks = {weight: (mask, place), other: (torch.ones(5, 3, dtype=torch.bool), "none")}  # other: plain AdamW
     for t in range(1, 6):
         for p in (weight, other):

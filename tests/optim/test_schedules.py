@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from sparse_pretrain.config import SchedulerConfig
@@ -20,7 +22,7 @@ def test_cosine_falls_to_the_final_share():
     values = shares(name="cosine")
     assert values[55] == pytest.approx(0.55)  # half-way after the warm-up
     assert values[-1] == pytest.approx(0.1, abs=1e-3)
-    assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(values[10:]))
 
 
 def test_wsd_is_constant_then_falls_linearly():

@@ -42,9 +42,7 @@ def rows(cfg: TrainConfig, until: int, final_loss: float) -> list[dict]:
         progress = step / trainer.steps
         loss = 4.0 + 5.4 * math.exp(-14 * progress) + 0.9 * (1 - progress) ** 2
         gap = final_loss - 4.0
-        loss += (
-            gap * (2 - progress) if step <= finetune else gap * (1 + 0.4 * math.exp(-(step - finetune) / 10))
-        )
+        loss += gap * (2 - progress) if step <= finetune else gap * (1 + 0.4 * math.exp(-(step - finetune) / 10))
         row = {
             "step": step,
             "tokens": step * trainer.batch_size * cfg.data.seq_len,
@@ -105,9 +103,7 @@ def make_run(tmp_path):
             ("blocks.0.attn.qkv", 384, 128, False, ""),
             ("blocks.0.attn.odd", 126, 126, False, "126 & 126 <4>"),
         ]
-        linears += [
-            (n, 512, 128, sparse, "") if n.endswith("up") else (n, 128, 512, sparse, "") for n in LAYERS
-        ]
+        linears += [(n, 512, 128, sparse, "") if n.endswith("up") else (n, 128, 512, sparse, "") for n in LAYERS]
         keys = ("name", "out_features", "in_features", "sparse", "skipped")
         runs.write_json(
             folder / runs.RUN_FILE,
@@ -128,9 +124,7 @@ def make_run(tmp_path):
                     "validation_tokens": 112920,
                 },
                 "model": {"parameters": 2_097_152, "flop_per_token": 6291456, "state_bytes": 33554432},
-                "layers": [
-                    dict(zip(keys, (layer_prefix + row[0], *row[1:]), strict=True)) for row in linears
-                ],
+                "layers": [dict(zip(keys, (layer_prefix + row[0], *row[1:]), strict=True)) for row in linears],
             },
         )
         if sparse:
@@ -140,9 +134,7 @@ def make_run(tmp_path):
                 np.savez(folder / "masks" / f"step-{step:08d}.npz", **corners)
         if until is None:
             summary = {"steps": 400, "tokens_per_second": RATES[recipe], "val_loss": val_loss}
-            flips = (
-                {layer_prefix + layer: 0.003 + i / 1000 for i, layer in enumerate(LAYERS)} if sparse else {}
-            )
+            flips = {layer_prefix + layer: 0.003 + i / 1000 for i, layer in enumerate(LAYERS)} if sparse else {}
             runs.write_json(folder / runs.SUMMARY_FILE, {**summary, "layer_flip_rates": flips})
         return folder
 

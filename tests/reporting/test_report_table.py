@@ -133,9 +133,7 @@ def test_folders_that_cannot_be_shown(make_run, tmp_path):
         read_run(tmp_path)
     folder = make_run("fst")
     (folder / runs.CONFIG_FILE).write_text("modle: 1")
-    with pytest.raises(
-        UserError, match=r"gpt_nano-fst-00000001, whose config has modle: found no such option"
-    ):
+    with pytest.raises(UserError, match=r"gpt_nano-fst-00000001, whose config has modle: found no such option"):
         read_run(folder)
     folder = make_run("ste")
     (folder / runs.METRICS_FILE).unlink()

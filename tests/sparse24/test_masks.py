@@ -117,9 +117,7 @@ def test_transposable_mask_breaks_rounding_ties_as_defined():
     # exactly equal or only rounded equal: sums of 2^24 and small odd numbers
     weight = with_ties(32, 32) + 2.0**24 * (with_ties(32, 32, seed=1) > 0)
     assert torch.equal(transposable_mask(weight), brute_force(weight, torch.float32)[0])
-    assert not torch.equal(
-        transposable_mask(weight), brute_force(weight, torch.float64)[0]
-    )  # there were some
+    assert not torch.equal(transposable_mask(weight), brute_force(weight, torch.float64)[0])  # there were some
 
 
 def test_transposable_mask_is_optimal_in_float64():
@@ -176,9 +174,7 @@ def test_soft_threshold_is_continuous_where_the_mask_flips():
     assert (below - above).abs().max() < 3e-4
     # |S(v) − S(w)| <= 2 max|v − w|: each entry and the threshold move at most that much
     weight, change = randn(64, 64), 1e-2 * randn(64, 64, seed=1)
-    assert (
-        soft_threshold(weight + change) - soft_threshold(weight)
-    ).abs().max() <= 2 * change.abs().max() + 1e-6
+    assert (soft_threshold(weight + change) - soft_threshold(weight)).abs().max() <= 2 * change.abs().max() + 1e-6
 
 
 def test_soft_threshold_shows_nan():

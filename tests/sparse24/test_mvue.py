@@ -193,9 +193,7 @@ def test_groups_of_fewer_than_three_come_back_unchanged(u):
 
 
 @pytest.mark.parametrize("u", [0.0, 0.4, LAST])
-@pytest.mark.parametrize(
-    "estimator", [mvue24, lambda grad, u: mvue24_fast(grad, u, u)], ids=["exact", "fast"]
-)
+@pytest.mark.parametrize("estimator", [mvue24, lambda grad, u: mvue24_fast(grad, u, u)], ids=["exact", "fast"])
 @pytest.mark.parametrize(
     "group",
     [[math.nan, 1, 2, 3], [1, 0, math.nan, 0], [math.inf, 1, -math.inf, 3], [3e38] * 4, [0, 0, 0, math.nan]],
@@ -227,9 +225,7 @@ def test_the_fast_estimator_does_not_cancel_beside_a_huge_entry(place):
 
 
 def test_large_finite_values_do_not_overflow():
-    assert one_group([1e38] * 4, 0.0) == pytest.approx(
-        [2e38, 0, 2e38, 0]
-    )  # their sum is above the largest float32
+    assert one_group([1e38] * 4, 0.0) == pytest.approx([2e38, 0, 2e38, 0])  # their sum is above the largest float32
 
 
 def test_tokens_not_a_multiple_of_four_count_as_followed_by_zeros():

@@ -30,9 +30,7 @@ def test_last_word_is_filled_with_empty_groups():
 
 
 def test_groups_with_fewer_non_zeros_take_the_lowest_free_positions():
-    packed = pack(
-        torch.tensor([[0.0, 0.0, 0.0, 3.0, 0.0, 4.0, 0.0, 0.0, 5.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
-    )
+    packed = pack(torch.tensor([[0.0, 0.0, 0.0, 3.0, 0.0, 4.0, 0.0, 0.0, 5.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]]))
     assert packed.values.tolist() == [[0, 3, 0, 4, 5, 0, 0, 0]]
     assert packed.metadata.tolist() == [[0b0100_0100_0100_1100]]
 

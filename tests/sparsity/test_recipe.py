@@ -76,7 +76,10 @@ def test_between_refreshes_the_mask_holds_and_the_weight_follows():
 def test_dense_phases_use_the_master_weight():
     model, training = build(decay=DecayConfig("gradient", 0.1), dense_warmup=0.25, dense_finetune=0.25)
     x = torch.randn(3, 8)
-    dense = torch.relu(x @ model["ffn"]["up"].weight.T + model["ffn"]["up"].bias) @ model["ffn"]["down"].weight.T + model["ffn"]["down"].bias
+    dense = (
+        torch.relu(x @ model["ffn"]["up"].weight.T + model["ffn"]["up"].bias) @ model["ffn"]["down"].weight.T
+        + model["ffn"]["down"].bias
+    )
     for step, is_dense in ((0, True), (4, True), (5, False), (14, False), (15, True), (STEPS, True)):
         training.prepare(step)
         assert torch.allclose(forward(model, x), dense) == is_dense
@@ -122,7 +125,13 @@ def test_steps_are_the_published_ones(name):
     assert recipe.decay.factor == factor
     sparsify(model, recipe, include=["ffn"])
     training = SparseTraining(model, recipe, STEPS, seed=1)
-    optimizer = AdamW([{"params": list(model.parameters()), "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95), eps=1e-8, decay=training.decay)
+    optimizer = AdamW(
+        [{"params": list(model.parameters()), "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        decay=training.decay,
+    )
     training.prepare(0)
     x, y = torch.randn(32, 8), torch.randn(32, 4)
     m = v = torch.zeros(4, 8, dtype=torch.float64)
@@ -148,7 +157,13 @@ def test_fst_step_is_the_published_one():
     recipe.decay.factor = 0.5
     sparsify(model, recipe, include=["ffn"])
     training = SparseTraining(model, recipe, STEPS, seed=1)
-    optimizer = AdamW([{"params": list(model.parameters()), "weight_decay": 0.0}], lr=0.1, betas=(0.9, 0.95), eps=1e-8, decay=training.decay)
+    optimizer = AdamW(
+        [{"params": list(model.parameters()), "weight_decay": 0.0}],
+        lr=0.1,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        decay=training.decay,
+    )
     training.prepare(0)
     layer = model["ffn"]
     weight, mask = layer.weight.detach().clone(), layer.mask.clone()
@@ -165,7 +180,9 @@ def test_fst_step_is_the_published_one():
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     gradient = (pruned.T @ x.detach()) / norm + 0.5 * ~mask * weight
     optimizer.step()
-    torch.testing.assert_close(layer.weight.detach(), weight - 0.1 * gradient / (gradient.abs() + 1e-8), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        layer.weight.detach(), weight - 0.1 * gradient / (gradient.abs() + 1e-8), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_mvue_draws_depend_on_seed_step_and_position_only():
@@ -201,6 +218,6 @@ def test_an_unknown_recipe():
 
 
 def test_layers_are_sparse_linears():
-    model, training = build()
+    _, training = build()
     assert list(training.layers) == ["ffn.up", "ffn.down"]
     assert all(isinstance(layer, SparseLinear) for layer in training.layers.values())

@@ -48,7 +48,9 @@ def test_after_a_stop_every_step_is_dropped():
     guard = warmed_up(loss_spike="stop")
     assert check(guard, 60, loss=5.0)
     assert check(guard, 61)
-    with pytest.raises(UserError, match=r"trainer.guard.loss_spike: found a loss above 2 times its moving average, at step 60"):
+    with pytest.raises(
+        UserError, match=r"trainer.guard.loss_spike: found a loss above 2 times its moving average, at step 60"
+    ):
         guard.raise_if_stopped()
 
 

@@ -80,11 +80,22 @@ def stop_at(monkeypatch):
 
 def phases(**changes):
     """Every phase and several refreshes within 12 steps: dense 0-1, sparse 2-8, dense 9-11."""
-    return {"recipe__schedule__dense_warmup": 0.17, "recipe__schedule__dense_finetune": 0.25, "recipe__schedule__refresh_every": 3, **changes}
+    return {
+        "recipe__schedule__dense_warmup": 0.17,
+        "recipe__schedule__dense_finetune": 0.25,
+        "recipe__schedule__refresh_every": 3,
+        **changes,
+    }
 
 
 def test_loss_falls_and_the_masks_settle(tiny):
-    cfg = tiny("fst", trainer__steps=120, trainer__eval_every=120, recipe__schedule__refresh_every=5, trainer__checkpoint_every=200)
+    cfg = tiny(
+        "fst",
+        trainer__steps=120,
+        trainer__eval_every=120,
+        recipe__schedule__refresh_every=5,
+        trainer__checkpoint_every=200,
+    )
     rows = metrics(train.run(cfg))
     losses = [float(row["train/loss"]) for row in rows]
     assert losses[0] == pytest.approx(math.log(320), abs=0.2)
@@ -108,7 +119,9 @@ def test_phases_switch_when_they_should(tiny):
 @pytest.mark.parametrize("stop", [1, 2, 3, 5, 8, 9, 11])
 def test_a_resumed_run_is_bit_identical(tiny, stop_at, tmp_path, stop):
     """Across every phase boundary, with accumulation, MVUE, dropout, and several data workers."""
-    changes = phases(trainer__micro_batch_size=2, model__dropout=0.1, data__num_workers=2 if stop == 5 else 0, trainer__log_every=2)
+    changes = phases(
+        trainer__micro_batch_size=2, model__dropout=0.1, data__num_workers=2 if stop == 5 else 0, trainer__log_every=2
+    )
     train.run(tiny("fst", "whole", **changes))
     stop_at(stop)
     with pytest.raises(Interrupted, match=f"step {stop} of 12"):
@@ -217,7 +230,9 @@ def test_resume_from_another_run(tiny, tmp_path):
     cfg = tiny("dense", "second", trainer__steps=20, optimizer__lr=1e-3, resume=str(tmp_path / "first"))
     rows = metrics(train.run(cfg))
     assert [int(row["step"]) for row in rows] == list(range(13, 21))
-    with pytest.raises(UserError, match=r"resume: found a checkpoint of another model: model.d_model=16 there, 32 here"):
+    with pytest.raises(
+        UserError, match=r"resume: found a checkpoint of another model: model.d_model=16 there, 32 here"
+    ):
         train.run(tiny("dense", "third", trainer__steps=20, model__d_model=32, resume=str(tmp_path / "first")))
     with pytest.raises(UserError, match=r"trainer.steps: found 12, but resume names a checkpoint of step 12"):
         train.run(tiny("dense", "fourth", resume=str(tmp_path / "first")))
@@ -249,7 +264,7 @@ def test_too_little_disk_is_told_before_the_start(tiny, tmp_path, monkeypatch):
 def test_an_unwritable_run_folder(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="run_dir: .* cannot be written"):
-        train.run(tiny(run_dir=str("file/run")))
+        train.run(tiny(run_dir="file/run"))
 
 
 def test_worker_does_nothing_for_a_complete_run(tiny, tmp_path):
