@@ -16,7 +16,7 @@ from tests.tasks.test_training import assert_same_run
 
 OPTIONS = [
     "data=text", "data.vocab_size=300", "trainer.accelerator=cpu", "trainer.peak_tflops=1", "model.max_seq_len=16", "model.d_model=16",
-    "model.n_layer=2", "trainer.steps=12", "trainer.eval_every=4", "trainer.eval_batches=2", "trainer.checkpoint_every=2",
+    "model.n_layer=2", "trainer.steps=12", "trainer.batch_size=4", "trainer.eval_every=4", "trainer.eval_batches=2", "trainer.checkpoint_every=2",
     "trainer.log_every=1", "scheduler.warmup_steps=2", "data.num_workers=0", "recipe.schedule.refresh_every=3",
 ]  # fmt: skip
 
