@@ -123,7 +123,7 @@ def _preflight(name: str, schema: type, options: list[str]) -> tuple[list[str], 
     from hydra.errors import HydraException, OverrideParseException
 
     parser = get_args_parser()
-    parser.error = _unknown_flag  # type: ignore[assignment]
+    parser.error = _unknown_flag  # type: ignore[method-assign]
     arguments = parser.parse_args(options)
     if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion:
         return arguments.overrides, False

@@ -12,6 +12,7 @@ import torch
 
 from sparse_pretrain.config import DoctorConfig
 from sparse_pretrain.hardware import device_name, peak_tflops
+from sparse_pretrain.loggers import logged_in_to_wandb
 from sparse_pretrain.paths import cache_dir
 
 
@@ -62,9 +63,7 @@ def _version(package: str) -> str | None:
 def _wandb() -> str:
     if importlib.util.find_spec("wandb") is None:
         return "not installed"
-    netrc = Path.home() / ".netrc"
-    logged_in = netrc.is_file() and "wandb" in netrc.read_text(errors="ignore")
-    return "logged in" if logged_in else "not logged in: logger=wandb records offline"
+    return "logged in" if logged_in_to_wandb() else "not logged in: logger=wandb records offline"
 
 
 def _free(folder: Path) -> str:

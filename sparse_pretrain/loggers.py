@@ -75,3 +75,18 @@ def build_loggers(
             )
         )
     return loggers
+
+
+def close_loggers(loggers: list[Logger]) -> None:
+    """Write out what they still hold: several runs of a grid may share this process."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.close()
+
+
+def logged_in_to_wandb() -> bool:
+    """Whether Weights & Biases has a key to use: in the environment, or in ~/.netrc as `wandb login` leaves it."""
+    netrc = Path.home() / ".netrc"
+    return "WANDB_API_KEY" in os.environ or (netrc.is_file() and "wandb" in netrc.read_text(errors="ignore"))

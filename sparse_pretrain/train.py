@@ -24,6 +24,7 @@ def run(cfg: TrainConfig) -> Path:
         print(f"{run_dir.name} is complete: {run_dir}")
         return run_dir
     check_device(cfg)
+    check_logger(cfg)
     check_resume(cfg)
 
     from sparse_pretrain.data.token_store import prepare
@@ -61,6 +62,17 @@ def check_device(cfg: TrainConfig) -> None:
         raise UserError(
             "trainer.devices", cfg.trainer.devices, f"at most the {torch.cuda.device_count()} GPUs of this machine"
         )
+
+
+def check_logger(cfg: TrainConfig) -> None:
+    """Raises UserError if Weights & Biases is to be online without a login (it would stop and ask for one)."""
+    if cfg.logger.wandb and cfg.logger.wandb_mode == "online":
+        from sparse_pretrain.loggers import logged_in_to_wandb
+
+        if not logged_in_to_wandb():
+            raise UserError(
+                "logger.wandb_mode", "online, but no login", ["offline"], "Run `wandb login` once, or set WANDB_API_KEY"
+            )
 
 
 def check_resume(cfg: TrainConfig) -> None:

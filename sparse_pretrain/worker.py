@@ -26,7 +26,7 @@ from sparse_pretrain.data.datamodule import TokenDataModule
 from sparse_pretrain.data.token_store import TokenStore, prepare
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.hardware import device_name, peak_tflops, pick_device, precision_dtype
-from sparse_pretrain.loggers import build_loggers
+from sparse_pretrain.loggers import build_loggers, close_loggers
 from sparse_pretrain.models.count import count_model
 from sparse_pretrain.tasks.causal_lm import CausalLM
 from sparse_pretrain.tasks.metrics import MetricsCallback
@@ -108,7 +108,10 @@ def run(run_dir: Path) -> None:
         num_workers=cfg.data.num_workers,
         start_step=lambda: module.steps_done,
     )
-    trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
+    finally:
+        close_loggers(trainer.loggers)
     if trainer.is_global_zero:
         runs.write_json(run_dir / runs.SUMMARY_FILE, summarize(module, run_dir))
 

@@ -24,11 +24,11 @@ ALLOWED = {
     "reporting": ["config", "errors", "runs"],
     "worker": ["config", "errors", "runs", "hardware", "loggers", "data", "models", "checkpoint", "tasks"],
     "launch": ["config", "worker"],
-    "train": ["config", "errors", "runs", "hardware", "data", "checkpoint", "tasks", "launch", "report"],
+    "train": ["config", "errors", "runs", "hardware", "data", "checkpoint", "loggers", "tasks", "launch", "report"],
     "evaluate": ["config", "errors", "hardware", "data", "evaluation", "sparsity", "tasks"],
     "generate": ["config", "hardware", "data", "tasks"],
     "report": ["config", "errors", "runs", "reporting"],
-    "doctor": ["config", "hardware", "paths"],
+    "doctor": ["config", "hardware", "loggers", "paths"],
     "cli": ["config", "errors", "paths"],
 }
 NEVER_IN_SPARSE24 = ("lightning", "hydra", "omegaconf", "transformers", "sparse_pretrain")

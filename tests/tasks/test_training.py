@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shutil
 
 import pytest
 import torch
@@ -271,3 +272,21 @@ def test_worker_does_nothing_for_a_complete_run(tiny, tmp_path):
     train.run(tiny())
     (tmp_path / "run" / runs.CONFIG_FILE).unlink()
     worker.run(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs a C++ compiler")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_train_as_uncompiled_ones(tiny, tmp_path, checkpointing):
+    changes = phases(trainer__steps=24, model__activation_checkpointing=checkpointing)
+    train.run(tiny("fst", "eager", **changes))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train.run(tiny("fst", "compiled", trainer__compile=True, **changes))
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+    for a, b in zip(metrics(tmp_path / "eager"), metrics(tmp_path / "compiled"), strict=True):
+        assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), rel=1e-3)
+    names = final_state(tmp_path / "compiled")["state_dict"].keys()
+    assert names == final_state(tmp_path / "eager")["state_dict"].keys()
