@@ -79,9 +79,13 @@ def execute(name: str, options: list[str]) -> None:
     failures: list[int] = []
 
     def task(cfg: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
         assert command is not None
         try:
-            results.append(command.run(config.load(schema, _plain(cfg))))
+            # A run records the overrides it was composed from: the command that continues it.
+            extra = [HydraConfig.get().overrides.task] if name == "train" else []
+            results.append(command.run(config.load(schema, _plain(cfg)), *extra))
         except Exception as error:
             exit_code = getattr(error, "exit_code", None)
             if exit_code is None:

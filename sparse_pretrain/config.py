@@ -8,12 +8,9 @@ into these dataclasses, with one clear sentence for whatever does not fit.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import re
 import types
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sparse_pretrain.errors import UserError
@@ -290,21 +287,6 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "top_k": (1, None),
 }
 
-# What may differ between two runs that must give the same numbers: so not part of a run's identity.
-RUNTIME_OPTIONS = (
-    "name",
-    "runs_dir",
-    "run_dir",
-    "resume",
-    "logger",
-    "data.num_workers",
-    "trainer.devices",
-    "trainer.log_every",
-    "trainer.checkpoint_every",
-    "trainer.checkpoints_kept",
-    "trainer.peak_tflops",
-)
-
 C = TypeVar("C")
 
 
@@ -462,27 +444,3 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def identity(cfg: TrainConfig) -> dict[str, Any]:
-    """The options that decide a run's numbers, flattened: two runs with the same identity give the same result."""
-    deciding = {
-        option: value
-        for option, value in flatten(to_dict(cfg)).items()
-        if not any(option == runtime or option.startswith(f"{runtime}.") for runtime in RUNTIME_OPTIONS)
-    }
-    if cfg.resume not in ("auto", "never"):
-        deciding["resume"] = cfg.resume  # starts from another run's weights
-    return deciding
-
-
-def resolve_run_dir(cfg: TrainConfig) -> Path:
-    """RUN_DIR, stable across restarts: the run's name and a hash of its identity, no time stamp."""
-    if cfg.run_dir is not None:
-        return Path(cfg.run_dir).expanduser().resolve()
-    digest = hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:8]
-    return Path(cfg.runs_dir).expanduser().resolve() / f"{run_name(cfg)}-{digest}"
-
-
-def run_name(cfg: TrainConfig) -> str:
-    return cfg.name or f"{cfg.model.name}-{cfg.recipe.name}"

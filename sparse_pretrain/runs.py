@@ -1,4 +1,4 @@
-"""The run folder: what is in it and how it is read and written. Imports no torch.
+"""The run folder: where it is, what is in it, and how it is read and written. Imports no torch.
 
 RUN_DIR/
     config.yaml     the whole config, resolved
@@ -13,6 +13,7 @@ RUN_DIR/
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from sparse_pretrain.config import TrainConfig, identity, load, to_dict
+from sparse_pretrain.config import TrainConfig, flatten, load, to_dict
 from sparse_pretrain.errors import UserError
 
 CONFIG_FILE, RUN_FILE, SUMMARY_FILE, CHECKPOINTS = "config.yaml", "run.json", "summary.json", "checkpoints"
@@ -45,6 +46,46 @@ METRICS_COLUMNS = (
 )
 
 
+# What may differ between two runs that must give the same numbers: so not part of a run's identity.
+RUNTIME_OPTIONS = (
+    "name",
+    "runs_dir",
+    "run_dir",
+    "resume",
+    "logger",
+    "data.num_workers",
+    "trainer.devices",
+    "trainer.log_every",
+    "trainer.checkpoint_every",
+    "trainer.checkpoints_kept",
+    "trainer.peak_tflops",
+)
+
+
+def identity(cfg: TrainConfig) -> dict[str, Any]:
+    """The options that decide a run's numbers, flattened: two runs with the same identity give the same result."""
+    deciding = {
+        option: value
+        for option, value in flatten(to_dict(cfg)).items()
+        if not any(option == runtime or option.startswith(f"{runtime}.") for runtime in RUNTIME_OPTIONS)
+    }
+    if cfg.resume not in ("auto", "never"):
+        deciding["resume"] = cfg.resume  # starts from another run's weights
+    return deciding
+
+
+def resolve_run_dir(cfg: TrainConfig) -> Path:
+    """RUN_DIR, stable across restarts: the run's name and a hash of its identity, no time stamp."""
+    if cfg.run_dir is not None:
+        return Path(cfg.run_dir).expanduser().resolve()
+    digest = hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:8]
+    return Path(cfg.runs_dir).expanduser().resolve() / f"{run_name(cfg)}-{digest}"
+
+
+def run_name(cfg: TrainConfig) -> str:
+    return cfg.name or f"{cfg.model.name}-{cfg.recipe.name}"
+
+
 def read_config(run_dir: Path) -> TrainConfig:
     """The config that a run was started with.
 
@@ -54,19 +95,19 @@ def read_config(run_dir: Path) -> TrainConfig:
     path = run_dir / CONFIG_FILE
     if not path.is_file():
         raise UserError("run_dir", run_dir, "a run folder, one that holds config.yaml")
-    return load(TrainConfig, yaml.safe_load(path.read_text()))
+    return load(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a run folder; empty if it is not there."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a metrics file, without a last line that a kill cut short."""
     if not path.is_file():
         return []
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     with io.StringIO(text[: text.rfind("\n") + 1], newline="") as lines:
         return [row for row in csv.DictReader(lines) if None not in row.values()]
 
@@ -74,7 +115,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one piece."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

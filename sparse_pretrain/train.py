@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_pretrain import runs
-from sparse_pretrain.config import TrainConfig, check, flatten, resolve_run_dir, to_dict
+from sparse_pretrain.config import TrainConfig, check, flatten, to_dict
 from sparse_pretrain.errors import UserError
 
 
-def run(cfg: TrainConfig) -> Path:
-    """Train, or go on training, one run; returns its folder.
+def run(cfg: TrainConfig, overrides: Sequence[str] = ()) -> Path:
+    """Train, or go on training, one run; returns its folder. `overrides` are what `cfg` was composed from.
 
     Raises:
         UserError: something about config, data, device, disk or checkpoint does not fit; nothing has been lost.
         Interrupted: a signal ended the run; its checkpoint is saved.
     """
     check(cfg)
-    run_dir = resolve_run_dir(cfg)
+    run_dir = runs.resolve_run_dir(cfg)
     if (run_dir / runs.SUMMARY_FILE).is_file() and cfg.resume != "never":
         runs.open_run(cfg, run_dir)
         print(f"{run_dir.name} is complete: {run_dir}")
@@ -33,6 +35,10 @@ def run(cfg: TrainConfig) -> Path:
     check_vocabulary(cfg, tokens.vocab_size)
     runs.open_run(cfg, run_dir)
     check_disk(cfg, run_dir, tokens.vocab_size)
+    runs.write_json(
+        run_dir / runs.RUN_FILE,
+        {"id": runs.run_id(run_dir), "command": f"sparse-pretrain train {shlex.join(overrides)}".strip()},
+    )
     shutil.copyfile(tokens.tokenizer_path, run_dir / runs.TOKENIZER_FILE)
     from sparse_pretrain.launch import launch
 

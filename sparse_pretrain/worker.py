@@ -84,14 +84,15 @@ def run(run_dir: Path) -> None:
     if trainer.is_global_zero:
         trainer.loggers = build_loggers(cfg.logger, run_dir, identifier, to_dict(cfg), steps_done)
         facts = {
+            **runs.read_json(run_dir / runs.RUN_FILE),
             "id": identifier,
-            "command": f"sparse-pretrain train run_dir={run_dir}",
             "python": platform.python_version(),
             "packages": package_versions(),
             "device": device_name(device),
             "precision": str(dtype).removeprefix("torch."),
             "peak_tflops": peak,
             "peak_source": peak_source,
+            "sparse_products": "dense",  # on masked weights: sparse24 has no kernels yet
             "corpus": describe(tokens),
             "model": asdict(count),
             "layers": [asdict(row) for row in module.layers],

@@ -5,7 +5,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from sparse_pretrain import cli, config
+from sparse_pretrain import cli, config, runs
 from sparse_pretrain.config import TrainConfig
 from sparse_pretrain.paths import config_dir
 from sparse_pretrain.sparsity import load_recipe
@@ -69,6 +69,6 @@ def test_no_yaml_names_code():
 
 def test_the_same_options_give_the_same_folder():
     first, second = composed("seed=3"), composed("seed=3", "trainer.devices=2", "data.num_workers=0", "logger=wandb")
-    assert config.resolve_run_dir(first) == config.resolve_run_dir(second)
-    assert config.resolve_run_dir(first) != config.resolve_run_dir(composed("seed=4"))
-    assert config.resolve_run_dir(first).name.startswith("gpt_nano-fst-")
+    assert runs.resolve_run_dir(first) == runs.resolve_run_dir(second)
+    assert runs.resolve_run_dir(first) != runs.resolve_run_dir(composed("seed=4"))
+    assert runs.resolve_run_dir(first).name.startswith("gpt_nano-fst-")

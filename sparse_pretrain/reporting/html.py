@@ -127,11 +127,10 @@ def _grid(head: str, rows: str, style: str = "") -> str:
 
 def _how_to_read(runs: Sequence[RunData]) -> list[str]:
     notes = []
-    on_cpu = [run for run in runs if not run.is_dense and run.facts["device"].startswith("CPU")]
-    if on_cpu:
+    if any(not run.is_dense and run.facts.get("sparse_products") == "dense" for run in runs):
         notes.append(
-            "On a CPU the 2:4 products run as dense products on masked weights: the losses are those of "
-            "sparse training, the speed is not, and a sparse run is no faster than dense here."
+            "The 2:4 products ran as dense products on masked weights: the losses are those of sparse training, "
+            "the speed is not, and a sparse run is no faster than dense."
         )
     if len(runs) > 1 and len({run.config.seed for run in runs}) == 1:
         notes.append("One seed: small differences of loss may be chance; repeat with other seeds before trusting them.")

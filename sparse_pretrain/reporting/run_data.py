@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sparse_pretrain import runs
-from sparse_pretrain.config import TrainConfig, identity
+from sparse_pretrain.config import TrainConfig
 from sparse_pretrain.errors import UserError
 
 DENSE_FINETUNE = "dense fine-tune"  # as in the phase column
@@ -132,7 +132,7 @@ def labels(runs: Sequence[RunData]) -> list[str]:
 def same_but_recipe(run: RunData, other: RunData) -> bool:
     """Whether the two runs differ in the recipe alone: the same model, corpus, seed, steps and so on."""
     options, others = (
-        {option: value for option, value in identity(r.config).items() if not option.startswith("recipe.")}
+        {option: value for option, value in runs.identity(r.config).items() if not option.startswith("recipe.")}
         for r in (run, other)
     )
     digest, other_digest = (r.facts.get("corpus", {}).get("digest") for r in (run, other))

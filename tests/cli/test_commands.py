@@ -198,3 +198,10 @@ def test_sigkill_at_random_moments_never_changes_the_result(tmp_path, corpus):
     assert process.wait(timeout=120) == 0
     assert kills >= 4
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_run_records_the_command_that_continues_it(trained, corpus):
+    command = runs.read_json(run_of(trained, "fst") / runs.RUN_FILE)["command"]
+    assert command.startswith("sparse-pretrain train ")
+    assert "recipe=fst" in command
+    assert f"runs_dir={trained[0]}" in command

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from sparse_pretrain import cli, config
+from sparse_pretrain import cli, config, runs
 from sparse_pretrain.errors import UserError
 
 
@@ -119,4 +119,4 @@ def test_every_ranged_or_chosen_option_exists():
     known = {option for command in cli.COMMANDS.values() for option in config.options(command.schema)}
     assert set(config.RANGES) <= known
     assert set(config.CHOICES) <= known
-    assert all(any(option == r or option.startswith(f"{r}.") for option in known) for r in config.RUNTIME_OPTIONS)
+    assert all(any(option == r or option.startswith(f"{r}.") for option in known) for r in runs.RUNTIME_OPTIONS)

@@ -109,10 +109,11 @@ def make_run(tmp_path):
             folder / runs.RUN_FILE,
             {
                 "id": "590aa337",
-                "command": f"sparse-pretrain train run_dir={folder.name}",
+                "command": f"sparse-pretrain train recipe={recipe}",
                 "python": "3.11.7",
                 "packages": {"torch": "2.13.0", "lightning": "2.6.6"},
                 "device": device,
+                "sparse_products": "dense" if device.startswith("CPU") else "2:4",
                 "precision": "float32",
                 "peak_tflops": 0.2036,
                 "peak_source": "measured matrix product",
