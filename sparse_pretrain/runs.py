@@ -13,11 +13,14 @@ RUN_DIR/
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +154,21 @@ def open_run(cfg: TrainConfig, run_dir: Path) -> None:
                 "the folder of the same run, or a new one",
             )
     write_text(run_dir / CONFIG_FILE, yaml.safe_dump(to_dict(cfg), sort_keys=False))
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder for this process, until it ends in whatever way.
+
+    Raises:
+        UserError: another process trains this run.
+    """
+    with open(run_dir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError("run_dir", f"{run_dir}, which another process is training", "a run of your own") from error
+        yield
 
 
 def run_id(run_dir: Path) -> str:

@@ -35,14 +35,13 @@ def run(cfg: TrainConfig, overrides: Sequence[str] = ()) -> Path:
     check_vocabulary(cfg, tokens.vocab_size)
     runs.open_run(cfg, run_dir)
     check_disk(cfg, run_dir, tokens.vocab_size)
-    runs.write_json(
-        run_dir / runs.RUN_FILE,
-        {"id": runs.run_id(run_dir), "command": f"sparse-pretrain train {shlex.join(overrides)}".strip()},
-    )
-    shutil.copyfile(tokens.tokenizer_path, run_dir / runs.TOKENIZER_FILE)
-    from sparse_pretrain.launch import launch
+    with runs.locked(run_dir):
+        command = f"sparse-pretrain train {shlex.join(overrides)}".strip()
+        runs.write_json(run_dir / runs.RUN_FILE, {"id": runs.run_id(run_dir), "command": command})
+        shutil.copyfile(tokens.tokenizer_path, run_dir / runs.TOKENIZER_FILE)
+        from sparse_pretrain.launch import launch
 
-    launch(cfg, run_dir)
+        launch(cfg, run_dir)
     return run_dir
 
 

@@ -268,6 +268,23 @@ def test_an_unwritable_run_folder(tiny, tmp_path):
         train.run(tiny(run_dir="file/run"))
 
 
+def test_killed_after_the_last_checkpoint_it_only_sums_up(tiny, tmp_path):
+    run_dir = train.run(tiny("fst"))
+    summary, rows = runs.read_json(run_dir / runs.SUMMARY_FILE), metrics(run_dir)
+    (run_dir / runs.SUMMARY_FILE).unlink()
+    train.run(tiny("fst"))
+    assert runs.read_json(run_dir / runs.SUMMARY_FILE) == summary
+    assert metrics(run_dir) == rows
+
+
+def test_two_processes_do_not_train_one_run(tiny, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with runs.locked(run_dir), pytest.raises(UserError, match="run_dir: .*which another process is training"):
+        train.run(tiny())
+    train.run(tiny())
+
+
 def test_worker_does_nothing_for_a_complete_run(tiny, tmp_path):
     train.run(tiny())
     (tmp_path / "run" / runs.CONFIG_FILE).unlink()
