@@ -143,7 +143,7 @@ def print_start(cfg: TrainConfig, run_dir: Path, facts: dict[str, Any], steps_do
     print(
         f"\n{run_dir.name}: {model['parameters'] / 1e6:.2f}M parameters, "
         f"{model['flop_per_token'] / 1e6:.1f} MFLOP per token, {model['state_bytes'] / 1e9:.2f} GB of training state; "
-        f"{tokens / 1e6:.2f}M tokens in {cfg.trainer.steps} steps ({tokens * model['flop_per_token'] / 1e15:.3f} PFLOP)"
+        f"{tokens / 1e6:.3g}M tokens in {cfg.trainer.steps} steps ({tokens * model['flop_per_token'] / 1e15:.2g} PFLOP)"
     )
     print(
         f"  {facts['device']}, {facts['precision']}, peak {facts['peak_tflops']:.3g} TFLOP/s ({facts['peak_source']})"

@@ -22,6 +22,8 @@ class StepGuard(nn.Module):
     dropped, so that the weights are still those from before it when `raise_if_stopped` is next called.
     """
 
+    watched: Tensor  # (causes,) boolean: not `off`
+    stopping: Tensor  # (causes,) boolean: `stop`
     loss_average: Tensor
     norm_average: Tensor
     good_steps: Tensor
@@ -33,7 +35,9 @@ class StepGuard(nn.Module):
     def __init__(self, cfg: GuardConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.actions = (cfg.nonfinite, cfg.loss_spike, cfg.gradient_spike)
+        actions = (cfg.nonfinite, cfg.loss_spike, cfg.gradient_spike)
+        self.register_buffer("watched", torch.tensor([action != "off" for action in actions]), persistent=False)
+        self.register_buffer("stopping", torch.tensor([action == "stop" for action in actions]), persistent=False)
         for name in ("loss_average", "norm_average"):
             self.register_buffer(name, torch.zeros(()))
         for name in ("good_steps", "dropped_in_row"):
@@ -60,8 +64,8 @@ class StepGuard(nn.Module):
                 warm & (grad_norm > self.cfg.gradient_spike_factor * self.norm_average),
             )
         )
-        bad &= torch.tensor([action != "off" for action in self.actions], device=bad.device)
-        stops = bad & torch.tensor([action == "stop" for action in self.actions], device=bad.device)
+        bad &= self.watched
+        stops = bad & self.stopping
         if loss_scaled:
             stops[0] &= ~torch.isfinite(loss)
         drop = bad.any()

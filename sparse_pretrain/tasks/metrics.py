@@ -135,6 +135,7 @@ class MetricsCallback(lightning.Callback):
             "val": f"{self.val_loss:.3f}",
             "tok/s": f"{row['train/tokens_per_second']:,.0f}",
             "mfu": f"{row['train/mfu']:.0%}",
+            "GB": f"{row['train/memory_gb']:.2g}",
         }
         if "sparsity/flip_rate" in row:
             shown["flips"] = f"{row['sparsity/flip_rate']:.4f}"

@@ -143,6 +143,28 @@ def test_other_recipes_resume_too(tiny, stop_at, tmp_path, recipe):
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_mixed_precision_resumes_too(tiny, stop_at, tmp_path, monkeypatch, dtype):
+    """The loss scale of fp16 is part of the checkpoint: the first steps overflow and lower it."""
+
+    def half(*_):
+        return dtype
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sparse_pretrain.worker.precision_dtype", half)
+        train.run(tiny("fst", "whole", **phases()))
+    stop_at(6)
+    monkeypatch.setattr("sparse_pretrain.worker.precision_dtype", half)
+    with pytest.raises(Interrupted):
+        train.run(tiny("fst", "stopped", **phases()))
+    stop_at(None)
+    monkeypatch.setattr("sparse_pretrain.worker.precision_dtype", half)
+    train.run(tiny("fst", "stopped", **phases()))
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    state = final_state(tmp_path / "whole")
+    assert ("MixedPrecision" in state) == (dtype == torch.float16)
+
+
 def test_resuming_before_a_damaged_checkpoint_says_so(tiny, stop_at, tmp_path, capsys):
     train.run(tiny("fst", "whole", **phases()))
     stop_at(10)
