@@ -73,7 +73,7 @@ def execute(name: str, options: list[str]) -> None:
     options = sorted(
         options, key=lambda option: option not in ("-m", "--multirun")
     )  # argparse wants overrides in one run
-    overrides, is_run = _preflight(name, schema, options)
+    is_run = _preflight(name, schema, options)
     command = importlib.import_module(f"sparse_pretrain.{name}") if is_run else None
     results: list[Path] = []
     failures: list[int] = []
@@ -97,7 +97,7 @@ def execute(name: str, options: list[str]) -> None:
 
     _run_hydra(name, options, task)
     if name == "train" and results:
-        command.finish(results, Path(_last_value(overrides, "runs_dir", "runs")).expanduser().resolve())  # type: ignore[union-attr]
+        command.finish(results)  # type: ignore[union-attr]
     if failures:
         sys.exit(failures[0])
 
@@ -118,11 +118,12 @@ def _plain(cfg: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in ("experiment", "debug")}  # type: ignore[misc]
 
 
-def _preflight(name: str, schema: type, options: list[str]) -> tuple[list[str], bool]:
-    """Compose and check every job; returns the overrides, and whether the command line asks for work (not for help)."""
+def _preflight(name: str, schema: type, options: list[str]) -> bool:
+    """Compose and check every job; returns whether the command line asks for work (and not for help, say)."""
     from hydra import compose, initialize_config_dir
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra._internal.utils import get_args_parser
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException, OverrideParseException
 
@@ -130,26 +131,27 @@ def _preflight(name: str, schema: type, options: list[str]) -> tuple[list[str], 
     parser.error = _unknown_flag  # type: ignore[method-assign]
     arguments = parser.parse_args(options)
     if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion:
-        return arguments.overrides, False
+        return False
     overrides = list(arguments.overrides)
     if arguments.config_dir:
         folder = Path(arguments.config_dir).expanduser().resolve()
         if not folder.is_dir():
             raise UserError("--config-dir", arguments.config_dir, "a folder of YAML configs")
         overrides.append(f"hydra.searchpath=[file://{folder}]")
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except OverrideParseException as error:
-        raise UserError(
-            str(error.override), "something that is not option=value", "option=value, as trainer.steps=100"
-        ) from error
-    sweep = [override for override in parsed if override.is_sweep_override()]
-    if sweep and not arguments.multirun:
-        raise UserError(
-            str(sweep[0].input_line), "several values", "one value, or -m before the options for a grid of runs"
-        )
-    jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()  # expands glob(...) to the choices there are
+        try:
+            parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
+        except OverrideParseException as error:
+            raise UserError(
+                str(error.override), "something that is not option=value", "option=value, as trainer.steps=100"
+            ) from error
+        sweep = [override for override in parsed if override.is_sweep_override()]
+        if sweep and not arguments.multirun:
+            raise UserError(
+                str(sweep[0].input_line), "several values", "one value, or -m before the options for a grid of runs"
+            )
+        jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
         for job in jobs:
             try:
                 composed = compose(name, overrides=job)
@@ -158,7 +160,7 @@ def _preflight(name: str, schema: type, options: list[str]) -> tuple[list[str], 
             cfg: Any = config.load(schema, _plain(composed))
             if isinstance(cfg, config.TrainConfig):
                 config.check(cfg)
-    return overrides, True
+    return True
 
 
 def _explain(error: Exception, schema: type, job: list[str]) -> UserError:
@@ -190,11 +192,6 @@ def _nearest(key: str, known: list[str]) -> list[str]:
     return [option for option in known if option.rpartition(".")[2] == name] or difflib.get_close_matches(
         key, known, n=3
     )
-
-
-def _last_value(overrides: list[str], option: str, default: str) -> str:
-    values = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == option]
-    return values[-1].strip("'\"") if values else default
 
 
 if __name__ == "__main__":

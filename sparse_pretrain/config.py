@@ -8,6 +8,7 @@ into these dataclasses, with one clear sentence for whatever does not fit.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 from dataclasses import dataclass, field
@@ -330,16 +331,20 @@ def _convert(hint: Any, value: Any, option: str) -> Any:
         return _build(hint, value, prefix=f"{option}.")  # type: ignore[arg-type]
     if get_origin(hint) is list:
         (inner,) = get_args(hint)
+        if isinstance(value, str):
+            value = [value]
         if not isinstance(value, list):
             raise UserError(option, repr(value), "a list, as [a,b]")
         return [_convert(inner, item, option) for item in value]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)  # prompt=12 is a text that YAML takes for a number
     if type(value) is not hint:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
         raise UserError(option, repr(value), words[hint])
-    if hint is float and value != value:
-        raise UserError(option, "nan", "a number")
+    if hint is float and not math.isfinite(value):
+        raise UserError(option, value, "a number that is finite")
     if option in CHOICES and value not in CHOICES[option]:
         raise UserError(option, value, CHOICES[option])
     if option in RANGES:
@@ -348,12 +353,12 @@ def _convert(hint: Any, value: Any, option: str) -> Any:
             bounds = " and ".join(
                 text
                 for text in (
-                    f"at least {low:g}" if low is not None else "",
-                    f"at most {high:g}" if high is not None else "",
+                    f"at least {low}" if low is not None else "",
+                    f"at most {high}" if high is not None else "",
                 )
                 if text
             )
-            raise UserError(option, f"{value:g}", bounds)
+            raise UserError(option, f"{value:g}" if hint is float else value, bounds)
     return value
 
 
@@ -405,6 +410,7 @@ def _check_recipe(recipe: RecipeConfig) -> None:
             ("recipe.weight_gradient", recipe.weight_gradient != "dense"),
             ("recipe.decay.factor", recipe.decay.factor > 0),
             ("recipe.include", recipe.include is not None),
+            ("recipe.exclude", bool(recipe.exclude)),
         ):
             if used:
                 raise UserError(option, "set for a dense recipe", "this only with recipe.projection other than none")

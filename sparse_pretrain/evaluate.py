@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparse_pretrain import runs
 from sparse_pretrain.config import EvaluateConfig
 from sparse_pretrain.data.sources import file_documents, find_files
-from sparse_pretrain.data.token_store import prepare
+from sparse_pretrain.data.token_store import TokenStore, prepare
 from sparse_pretrain.data.tokenizer import encode_documents, load_tokenizer
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.evaluation.perplexity import total_loss
@@ -33,7 +37,9 @@ def run(cfg: EvaluateConfig) -> None:
     trained = load_trained(cfg.checkpoint, device)
     weights = represent(trained.model, cfg.weights)
     tokens, where = evaluation_tokens(cfg, trained)
-    batches = sequence_batches(tokens, trained.cfg.data.seq_len, cfg.batch_size, cfg.batches)
+    if len(tokens) < 2:
+        raise UserError("text", f"{len(tokens)} tokens", "at least 2")
+    batches = islice(sequence_batches(tokens, trained.cfg.data.seq_len, cfg.batch_size), cfg.batches)
     autocast = nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype)
     loss, count = total_loss(trained.model, batches, device, autocast)
     mean = float(loss) / count
@@ -73,7 +79,8 @@ def evaluation_tokens(cfg: EvaluateConfig, trained: Trained) -> tuple[np.ndarray
         documents = [doc for path in find_files(cfg.text, "text") for doc in file_documents(path, "text")]
         tokenizer = load_tokenizer(trained.tokenizer_path.read_bytes(), str(trained.tokenizer_path))
         return encode_documents(tokenizer, documents, np.int64), ", ".join(cfg.text)
-    store = prepare(trained.cfg.data)
+    recorded = Path(runs.read_json(trained.checkpoint.parent.parent / runs.RUN_FILE).get("token_store", ""))
+    store = TokenStore.open(recorded) if (recorded / "manifest.json").is_file() else prepare(trained.cfg.data)
     if store.tokenizer_path.read_bytes() != trained.tokenizer_path.read_bytes():
         raise UserError(
             "checkpoint",
@@ -84,20 +91,13 @@ def evaluation_tokens(cfg: EvaluateConfig, trained: Trained) -> tuple[np.ndarray
     return store.split("train" if cfg.split == "train" else "validation"), f"{trained.cfg.data.name}, {cfg.split} split"
 
 
-def sequence_batches(tokens: np.ndarray, seq_len: int, batch_size: int, limit: int | None) -> list[Tensor]:
-    """All whole sequences of `tokens`, without overlap, and the shorter rest as a batch of its own.
-
-    Raises:
-        UserError: fewer than two tokens.
-    """
-    if len(tokens) < 2:
-        raise UserError("text", f"{len(tokens)} tokens", "at least 2")
+def sequence_batches(tokens: np.ndarray, seq_len: int, batch_size: int) -> Iterator[Tensor]:
+    """All whole sequences of `tokens`, without overlap, and the shorter rest as a batch of its own."""
     whole = (len(tokens) - 1) // seq_len
-    starts = np.arange(whole)[:, None] * seq_len + np.arange(seq_len + 1)
-    batches = [
-        torch.from_numpy(tokens[starts[i : i + batch_size]].astype(np.int64)) for i in range(0, whole, batch_size)
-    ]
+    for first in range(0, whole, batch_size):
+        rows = np.arange(first, min(first + batch_size, whole))
+        batch = tokens[rows[:, None] * seq_len + np.arange(seq_len + 1)]
+        yield torch.from_numpy(batch.astype(np.int64))
     rest = tokens[whole * seq_len :]
     if len(rest) > 1:
-        batches.append(torch.from_numpy(rest.astype(np.int64))[None])
-    return batches[:limit]
+        yield torch.from_numpy(rest.astype(np.int64))[None]

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from sparse_pretrain.config import LoggerConfig
-from sparse_pretrain.runs import METRICS_COLUMNS, METRICS_FILE, read_rows
+from sparse_pretrain.runs import METRICS_COLUMNS, METRICS_FILE, read_rows, write_text, writing
 
 
 class CsvLogger(Logger):
@@ -32,13 +32,11 @@ class CsvLogger(Logger):
         writer = csv.DictWriter(text, METRICS_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(text.getvalue())
-        os.replace(partial, self.path)
+        write_text(self.path, text.getvalue())
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         row = {key: f"{value:.9g}" if isinstance(value, float) else value for key, value in metrics.items()}
-        with open(self.path, "a", newline="") as file:
+        with writing(self.path), open(self.path, "a", newline="") as file:
             csv.DictWriter(file, METRICS_COLUMNS).writerow({"step": step, **row})
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:

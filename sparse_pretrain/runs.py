@@ -93,17 +93,31 @@ def read_config(run_dir: Path) -> TrainConfig:
     """The config that a run was started with.
 
     Raises:
-        UserError: not a run folder, or one written by a version with other options.
+        UserError: not a run folder, one whose config.yaml is damaged, or one written by a version with other options.
     """
     path = run_dir / CONFIG_FILE
     if not path.is_file():
         raise UserError("run_dir", run_dir, "a run folder, one that holds config.yaml")
-    return load(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError("run_dir", f"{path}, which is damaged", "a run folder with a whole config.yaml")
+    return load(TrainConfig, values)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run folder; empty if it is not there."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """A JSON file of a run folder; empty if it is not there or damaged: a run can write it again."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def is_complete(run_dir: Path) -> bool:
+    return bool(read_json(run_dir / SUMMARY_FILE))
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -115,11 +129,27 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(lines) if None not in row.values()]
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into one sentence naming the folder.
+
+    Raises:
+        UserError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            "run_dir", f"{path}, which cannot be written ({error.strerror})", "a writable folder"
+        ) from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one piece."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with writing(path):
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -132,14 +162,8 @@ def open_run(cfg: TrainConfig, run_dir: Path) -> None:
     Raises:
         UserError: the folder cannot be written, holds a run with other options, or holds one and `resume=never`.
     """
-    try:
+    with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / ".writable", "")
-        (run_dir / ".writable").unlink()
-    except OSError as error:
-        raise UserError(
-            "run_dir", f"{run_dir}, which cannot be written ({error.strerror})", "a writable folder"
-        ) from error
     if (run_dir / CONFIG_FILE).is_file():
         if cfg.resume == "never":
             raise UserError("resume", f"never, but {run_dir} holds a run", "auto, or another run_dir")

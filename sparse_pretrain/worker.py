@@ -6,6 +6,8 @@ Started in-process by `launch`, or on each rank as `python -m sparse_pretrain.wo
 from __future__ import annotations
 
 import logging
+import math
+import os
 import platform
 import sys
 import warnings
@@ -20,12 +22,13 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 
 from sparse_pretrain import runs
 from sparse_pretrain.checkpoint import store
-from sparse_pretrain.checkpoint.callback import AtomicCheckpointIO, CheckpointCallback, Interrupted
+from sparse_pretrain.checkpoint.callback import AtomicCheckpointIO, CheckpointCallback
 from sparse_pretrain.config import TrainConfig, to_dict
 from sparse_pretrain.data.datamodule import TokenDataModule
-from sparse_pretrain.data.token_store import TokenStore, prepare
+from sparse_pretrain.data.token_store import TokenStore
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.hardware import device_name, peak_tflops, pick_device, precision_dtype
+from sparse_pretrain.interrupt import Interrupted, before_the_first_step
 from sparse_pretrain.loggers import build_loggers, close_loggers
 from sparse_pretrain.models.count import count_model
 from sparse_pretrain.tasks.causal_lm import CausalLM
@@ -41,15 +44,16 @@ def run(run_dir: Path) -> None:
         UserError: the run cannot start, or a guard stopped it.
         Interrupted: a signal ended it; its checkpoint is saved.
     """
-    if (run_dir / runs.SUMMARY_FILE).is_file():
+    if runs.is_complete(run_dir):
         return
     quiet_lightning()
     cfg = runs.read_config(run_dir)
-    tokens = prepare(cfg.data)
+    tokens = TokenStore.open(Path(runs.read_json(run_dir / runs.RUN_FILE)["token_store"]))
     checkpoint = find_checkpoint(cfg, run_dir)
     steps_done = store.step_of(checkpoint) if checkpoint else 0
 
     module = CausalLM(cfg, tokens.vocab_size)
+    module.forked = checkpoint is not None and checkpoint.parent != run_dir / runs.CHECKPOINTS
     device = pick_device(cfg.trainer.accelerator, "trainer.accelerator")
     dtype = precision_dtype(cfg.trainer.precision, device, "trainer.precision")
     count = count_model(module.model, cfg.model, cfg.data.seq_len)
@@ -119,9 +123,7 @@ def run(run_dir: Path) -> None:
 
 def find_checkpoint(cfg: TrainConfig, run_dir: Path) -> Path | None:
     """The checkpoint to go on from: this run's newest whole one, else the one that `resume` names, if any."""
-    newest, notes = store.newest_valid(run_dir / runs.CHECKPOINTS)
-    for note in notes:
-        print(note, file=sys.stderr)
+    newest, _ = store.newest_valid(run_dir / runs.CHECKPOINTS)  # damaged ones have been told and set aside
     if newest is not None or cfg.resume in ("auto", "never"):
         return newest
     return store.resolve(Path(cfg.resume), option="resume")
@@ -160,8 +162,18 @@ def print_start(cfg: TrainConfig, run_dir: Path, facts: dict[str, Any], steps_do
 
 
 def summarize(module: CausalLM, run_dir: Path) -> dict[str, Any]:
-    """The final figures of a run, from its metrics file."""
+    """The final figures of a run, from its metrics file.
+
+    Raises:
+        UserError: the file is gone, or training has diverged.
+    """
     rows = runs.read_rows(run_dir / runs.METRICS_FILE)
+    if not rows or not rows[-1]["val/loss"]:
+        raise UserError("run_dir", f"{run_dir} without the rows of {runs.METRICS_FILE}", "a run folder left as it was")
+    if not math.isfinite(float(rows[-1]["val/loss"])):
+        raise UserError(
+            "optimizer.lr", "a run that ended with a loss that is not finite", "settings under which training is stable"
+        )
     rates = sorted(float(row["train/tokens_per_second"]) for row in rows[1:] or rows)
     return {
         "steps": module.steps_done,
@@ -208,13 +220,12 @@ def quiet_lightning() -> None:
 
 def main() -> None:
     try:
-        run(Path(sys.argv[1]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.exit_code)
+        with before_the_first_step():
+            run(Path(sys.argv[1]))
+    except (UserError, Interrupted) as end:
+        if os.environ.get("RANK", "0") == "0":  # it is the same on every rank: told once
+            print(f"error: {end}" if isinstance(end, UserError) else end, file=sys.stderr)
+        sys.exit(end.exit_code)
 
 
 if __name__ == "__main__":

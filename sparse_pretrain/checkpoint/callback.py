@@ -11,17 +11,7 @@ import lightning
 from lightning.pytorch.plugins import CheckpointIO
 
 from sparse_pretrain.checkpoint import store
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-class Interrupted(Exception):
-    """A signal asked the run to end; its checkpoint is saved, and running it again continues it.
-
-    exit_code 75 is EX_TEMPFAIL of sysexits.h: try again later.
-    """
-
-    exit_code = 75
+from sparse_pretrain.interrupt import SIGNALS, Interrupted
 
 
 class AtomicCheckpointIO(CheckpointIO):

@@ -117,7 +117,7 @@ def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
         problem = damage(folder)
         if problem is None:
             return folder, notes
-        notes.append(f"checkpoint {folder.name} is damaged ({problem}); using the one before it")
+        notes.append(f"checkpoint {folder.name} is damaged ({problem}): not used")
     return None, notes
 
 
@@ -139,6 +139,19 @@ def resolve(path: Path, option: str) -> Path:
     if newest is None:
         raise UserError(option, f"{path}, which holds no whole checkpoint", "a run folder or a checkpoint folder")
     return newest
+
+
+def set_aside_damaged(checkpoints: Path) -> list[str]:
+    """Rename the checkpoints newer than the newest whole one to `damaged-step-…`, so that nothing takes them for the
+    newest any more; returns a sentence for each."""
+    newest, notes = newest_valid(checkpoints)
+    for step in list_steps(checkpoints):
+        folder = checkpoint_folder(checkpoints, step)
+        if newest is None or step > step_of(newest):
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+    return notes
 
 
 def prune(checkpoints: Path, kept: int) -> None:

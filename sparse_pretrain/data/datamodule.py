@@ -15,6 +15,7 @@ from sparse_pretrain.data.corpus import Split
 from sparse_pretrain.data.sampler import PackedSampler
 from sparse_pretrain.data.token_store import TokenStore, check_length
 from sparse_pretrain.errors import UserError
+from sparse_pretrain.interrupt import ignore_signals
 
 
 class SequenceDataset(Dataset[Tensor]):
@@ -129,6 +130,7 @@ def _loader(dataset: SequenceDataset, items: Sequence[int], num_workers: int, pi
         batch_size=None,  # an item is a whole batch
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # else it draws from the global one: no exact resume
     )
 

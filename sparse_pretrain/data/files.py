@@ -24,7 +24,7 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def corpus_sha256(path: Path) -> str:
+def remembered_sha256(path: Path) -> str:
     """`sha256_file`, remembered in the cache for large files while their size and time stamp stay."""
     status = path.stat()
     if status.st_size < REMEMBERED_SIZE:

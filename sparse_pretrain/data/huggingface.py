@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_pretrain.data.corpus import Corpus, Document, Split, digest_of, hold_out
-from sparse_pretrain.data.files import corpus_sha256
+from sparse_pretrain.data.files import remembered_sha256
 from sparse_pretrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def corpus(cfg: DataConfig) -> Corpus:
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     request = {
         "path": None if files else cfg.hf_path,
-        "files": [[str(path.relative_to(folder)), corpus_sha256(path)] for path in files],
+        "files": [[str(path.relative_to(folder)), remembered_sha256(path)] for path in files],
         "config": cfg.hf_config,
         "splits": [cfg.hf_train_split, cfg.hf_validation_split],
         "column": cfg.hf_text_column,

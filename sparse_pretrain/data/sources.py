@@ -25,7 +25,7 @@ from sparse_pretrain.data.corpus import (
     hold_out,
     is_held_out,
 )
-from sparse_pretrain.data.files import corpus_sha256
+from sparse_pretrain.data.files import remembered_sha256
 from sparse_pretrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -107,8 +107,8 @@ def text_corpus(cfg: DataConfig) -> Corpus:
     train = find_files(cfg.train, "data.train")
     validation = find_files(cfg.validation, "data.validation")
     settings = {
-        "train": [corpus_sha256(path) for path in train],
-        "validation": [corpus_sha256(path) for path in validation],
+        "train": [remembered_sha256(path) for path in train],
+        "validation": [remembered_sha256(path) for path in validation],
         "share": None if validation else cfg.validation_share,
         "max_documents": cfg.max_documents,
     }

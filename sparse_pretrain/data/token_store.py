@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from sparse_pretrain.data.corpus import Corpus, Document, Split, digest_of
-from sparse_pretrain.data.files import cache_errors, locked, make_folder, sha256_file, write_atomic
+from sparse_pretrain.data.files import cache_errors, locked, make_folder, remembered_sha256, sha256_file, write_atomic
 from sparse_pretrain.data.sources import open_corpus
 from sparse_pretrain.data.tokenizer import (
     encode_documents,
@@ -79,13 +79,13 @@ class TokenStore:
         return store
 
     def verify(self) -> None:
-        """Compare the tokens with their checksums (reads all of them).
+        """Compare the tokens with their checksums (reads all of them, large ones once).
 
         Raises:
             UserError: naming the first damaged file.
         """
         for split in SPLITS:
-            if sha256_file(self._bin(split)) != self.manifest["splits"][split]["sha256"]:
+            if remembered_sha256(self._bin(split)) != self.manifest["splits"][split]["sha256"]:
                 raise _damaged(self.folder, f"{split}.bin with a wrong checksum")
 
     def split(self, split: Split) -> np.ndarray:
@@ -161,7 +161,9 @@ def _open_finished(folder: Path, say: bool) -> TokenStore | None:
     if not (folder / "manifest.json").is_file():
         return None
     try:
-        return TokenStore.open(folder)
+        store = TokenStore.open(folder)
+        store.verify()
+        return store
     except UserError as error:
         if say:
             print(f"{folder} is damaged, building it anew: {error}", file=sys.stderr, flush=True)

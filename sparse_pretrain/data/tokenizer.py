@@ -84,8 +84,7 @@ def _usable(path: Path) -> bytes | None:
 def train_bpe(documents: Iterator[Document], vocab_size: int) -> bytes:
     """Train a byte-level BPE (GPT-2's pre-tokenization, `<|endoftext|>` as id 0) on the first TRAINING_BYTES.
 
-    Deterministic: the same documents give the same bytes, whatever the number of threads. A small corpus may
-        give
+    Deterministic: the same documents give the same bytes, whatever the number of threads. A small corpus may give
     fewer than `vocab_size` tokens.
 
     Returns:

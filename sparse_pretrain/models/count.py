@@ -11,12 +11,10 @@ from sparse_pretrain.config import ModelConfig
 
 @dataclass(frozen=True)
 class ModelCount:
-    """parameters: all of them; embedding_parameters: of the input embeddings (no product is made with them unless
-    tied); flop_per_token: forward and backward of one training token, dense; state_bytes: weights, gradients and
-    Adam's two moments in fp32."""
+    """parameters: all of them, tied ones once; flop_per_token: forward and backward of one training token, dense;
+    state_bytes: weights, gradients and Adam's two moments in fp32."""
 
     parameters: int
-    embedding_parameters: int
     flop_per_token: int
     state_bytes: int
 
@@ -25,7 +23,6 @@ def count_model(model: nn.Module, cfg: ModelConfig, seq_len: int) -> ModelCount:
     """6 FLOP per weight of a matrix product and token (2 forward, 4 backward), plus 12 · n_layer · d_model · seq_len
     for attention (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B)."""
     parameters = sum(p.numel() for p in model.parameters())
-    embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
     # By shape, not by type: a layer may have been swapped for a sparse one. A tied head counts as the product it is.
     matmul_weights = sum(
         p.numel()
@@ -36,7 +33,6 @@ def count_model(model: nn.Module, cfg: ModelConfig, seq_len: int) -> ModelCount:
     )
     return ModelCount(
         parameters=parameters,
-        embedding_parameters=embeddings,
         flop_per_token=6 * matmul_weights + 12 * cfg.n_layer * cfg.d_model * seq_len,
         state_bytes=16 * parameters,
     )

@@ -88,8 +88,10 @@ class SparseLinear(nn.Module):
         dense.weight = self.weight
         dense.register_parameter("bias", self.bias)
         if self.sparse_weight is not None:
-            with torch.no_grad():
-                self._out_by_in(self.weight).copy_(self.sparse_weight)
+            # A Parameter of its own: the master weight may be tied to another layer, which goes on using it.
+            dense.weight = nn.Parameter(
+                self._out_by_in(self.sparse_weight).clone(memory_format=torch.contiguous_format)
+            )
         return dense.train(self.training)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

@@ -64,16 +64,20 @@ class SparseTraining:
         self._counter[0].fill_(step)  # type: ignore[index]
         sparse = self.schedule.phase(step) == SPARSE
         if refresh and self.schedule.refresh_due(step):
-            flips = torch.stack([layer.refresh() for layer in layers])
+            flips = self.refresh()
             if step > self.schedule.warmup_end:
                 self.flips = flips
         for layer in layers:
             layer.project() if sparse else layer.go_dense()
         self.decay.factor = self.recipe.decay.factor if sparse else 0.0
 
+    def refresh(self) -> Tensor:
+        """Recompute every mask now; returns how many entries changed in each layer, (layers,) int64."""
+        return torch.stack([layer.refresh() for layer in self.layers.values()])
+
     def at_tokens(self, first_token: int) -> None:
-        """Say which token of the global batch the next forward pass begins with: MVUE draws by position, so the draws
-        do not depend on how a batch is cut into micro-batches and ranks."""
+        """Say which token of the global batch the next forward pass begins with (a multiple of 4): MVUE draws by
+        position, so its draws do not depend on how a batch is cut into parts of whole groups of four tokens."""
         if self._counter is not None:
             self._counter[1].fill_(first_token)
 

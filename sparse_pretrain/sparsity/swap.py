@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -29,13 +30,39 @@ class LayerRow:
 
 
 def sparsify(
-    model: nn.Module, recipe: RecipeConfig, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+    model: nn.Module,
+    recipe: RecipeConfig,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
 ) -> list[LayerRow]:
     """Swap every linear layer of `model` whose name matches, in place; it then computes with 2:4 weights.
 
+    A layer that the model uses under several names is swapped under all of them if one matches. Arguments, result and
+    errors are those of `select_layers`.
+    """
+    rows = select_layers(model, recipe, include, exclude)
+    swapped: dict[nn.Module, SparseLinear] = {}
+    for row in rows:
+        if row.sparse:
+            dense = model.get_submodule(row.name)
+            swapped[dense] = SparseLinear(dense, recipe.projection, recipe.weight_gradient)
+    for name, module in _linears(model).items():
+        if module in swapped:
+            replace(model, name, swapped[module])
+    return rows
+
+
+def select_layers(
+    model: nn.Module,
+    recipe: RecipeConfig,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> list[LayerRow]:
+    """Which linear layers of `model` a recipe makes sparse; changes nothing; weights on `meta` will do.
+
     Args:
         model: any module holding `nn.Linear` or Hugging Face `Conv1D` layers.
-        recipe: decides projection and weight gradient; a dense recipe swaps nothing.
+        recipe: decides projection and weight gradient; a dense recipe selects nothing.
         include: shell-style patterns over whole layer names (`blocks.2.ffn.*` is not `blocks.20.ffn.up`); default:
             the recipe's, else the FFN of every block.
         exclude: patterns of layers to leave dense; default: the recipe's.
@@ -47,12 +74,14 @@ def sparsify(
         UserError: a pattern matches no linear layer; a layer named exactly (without wildcard) has a shape that cannot
             be 2:4; or nothing is left to swap. A layer matched by a wildcard whose shape cannot be 2:4 is skipped, and
             says so in its row.
+        ValueError: the model is itself a linear layer, which cannot be swapped in place.
     """
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)
-    }
+    if isinstance(model, nn.Linear) or is_conv1d(model):
+        raise ValueError("the model is a linear layer itself: put it into a module, as nn.Sequential(layer)")
+    linears = _linears(model)
+    first_names = {module: name for name, module in reversed(linears.items())}
     if recipe.projection == "none":
-        return [_row(name, module, sparse=False) for name, module in linears.items()]
+        return [_row(name, module, sparse=False) for module, name in reversed(first_names.items())]
     include = recipe.include if include is None else include
     exclude = recipe.exclude if exclude is None else exclude
     if include is None:
@@ -68,31 +97,37 @@ def sparsify(
                     option, f"{pattern}, which matches no linear layer", "patterns of layer names", _names(linears)
                 )
 
-    rows = []
+    rows: dict[nn.Module, LayerRow] = {}
     for name, module in linears.items():
-        matched = [p for p in include if fnmatchcase(name, p)] if not any(fnmatchcase(name, p) for p in exclude) else []
-        row = _row(name, module, sparse=bool(matched))
+        excluded = any(fnmatchcase(name, pattern) for pattern in exclude)
+        matched = [] if excluded else [pattern for pattern in include if fnmatchcase(name, pattern)]
+        if module in rows and not matched:
+            continue
+        row = _row(first_names[module], module, sparse=bool(matched))
         obstacle = shape_obstacle(recipe.projection, row.out_features, row.in_features) if matched else None
         if obstacle and name in matched:
             raise UserError("recipe.include", f"{name}, whose {obstacle}", "layers whose shape can be 2:4")
-        rows.append(LayerRow(name, row.out_features, row.in_features, False, obstacle) if obstacle else row)
-    if not any(row.sparse for row in rows):
-        skipped = "; ".join(f"{row.name}: {row.skipped}" for row in rows if row.skipped) or "all of them excluded"
-        raise UserError("recipe.include", f"no layer that can be 2:4 ({skipped})", "at least one")
-    for row in rows:
-        if row.sparse:
-            sparse_layer = SparseLinear(linears[row.name], recipe.projection, recipe.weight_gradient)
-            replace(model, row.name, sparse_layer)
-    return rows
+        rows[module] = dataclasses.replace(row, sparse=False, skipped=obstacle) if obstacle else row
+    if not any(row.sparse for row in rows.values()):
+        skipped = "; ".join(f"{row.name}: {row.skipped}" for row in rows.values() if row.skipped)
+        raise UserError("recipe.include", f"no layer that can be 2:4 ({skipped or 'all are excluded'})", "at least one")
+    return list(rows.values())
 
 
 def densify(model: nn.Module) -> nn.Module:
     """Undo `sparsify` in place: plain layers again, holding the weights that the model computes with now (2:4 ones
     where it was sparse), so that its outputs stay the same."""
-    for name, module in list(model.named_modules()):
+    dense = {module: module.dense_layer() for module in model.modules() if isinstance(module, SparseLinear)}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, SparseLinear):
-            replace(model, name, module.dense_layer())
+            replace(model, name, dense[module])
     return model
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> linear layer, under every name that the model has for it."""
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if isinstance(module, nn.Linear) or is_conv1d(module)}
 
 
 def _row(name: str, module: nn.Module, sparse: bool) -> LayerRow:

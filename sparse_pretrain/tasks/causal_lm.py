@@ -46,6 +46,7 @@ class CausalLM(lightning.LightningModule):
         self.register_buffer("sums", torch.zeros(3, dtype=torch.float64), persistent=False)
         self.sums: Tensor
         self._resumed = False
+        self.forked = False  # whether the checkpoint to resume from is another run's: its masks may be out of date
 
     def configure_optimizers(self) -> AdamW:
         optimizer = self.cfg.optimizer
@@ -58,6 +59,8 @@ class CausalLM(lightning.LightningModule):
         )
 
     def on_fit_start(self) -> None:
+        if self.forked and self.sparse_training.layers:
+            self.sparse_training.refresh()
         self.sparse_training.prepare(self.steps_done, refresh=not self._resumed)
         if self.cfg.trainer.compile:
             for block in self.model.blocks:
@@ -108,6 +111,7 @@ class CausalLM(lightning.LightningModule):
         return self.trainer.strategy.reduce(loss, reduce_op="mean") if self.trainer.world_size > 1 else loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.guard.raise_if_stopped()  # a run that is to stop leaves the checkpoints from before
         del checkpoint["loops"]  # `steps_done` says all there is to say; Lightning's counters would contradict it
         checkpoint["steps_done"] = self.steps_done
         checkpoint["sums"] = self.sums

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sparse_pretrain.evaluation.perplexity import total_loss
 from sparse_pretrain.hardware import peak_memory_gb
+from sparse_pretrain.runs import writing
 from sparse_pretrain.tasks.causal_lm import CausalLM
 
 SNAPSHOT_LAYERS, SNAPSHOT_ROWS, SNAPSHOT_COLUMNS = 3, 32, 64
@@ -163,5 +164,6 @@ def save_mask_snapshot(module: CausalLM, run_dir: Path, step: int) -> None:
         for i in sorted(chosen)
     }
     folder = run_dir / "masks"
-    folder.mkdir(exist_ok=True)
-    np.savez(folder / f"step-{step:08d}.npz", **corners)  # type: ignore[arg-type]
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+        np.savez(folder / f"step-{step:08d}.npz", **corners)  # type: ignore[arg-type]

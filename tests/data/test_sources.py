@@ -167,9 +167,9 @@ def test_the_digest_is_of_the_text_not_of_its_place(corpus_file, tmp_path):
 def test_digests_of_large_files_are_remembered(corpus_file, monkeypatch):
     expected = files.sha256_file(corpus_file)
     monkeypatch.setattr(files, "REMEMBERED_SIZE", 0)
-    assert files.corpus_sha256(corpus_file) == expected
+    assert files.remembered_sha256(corpus_file) == expected
     monkeypatch.setattr(files, "sha256_file", lambda path: pytest.fail("hashed again"))
-    assert files.corpus_sha256(corpus_file) == expected
+    assert files.remembered_sha256(corpus_file) == expected
 
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path):

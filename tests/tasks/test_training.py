@@ -9,8 +9,9 @@ import torch
 
 from sparse_pretrain import runs, train, worker
 from sparse_pretrain.checkpoint import store
-from sparse_pretrain.checkpoint.callback import CheckpointCallback, Interrupted
+from sparse_pretrain.checkpoint.callback import CheckpointCallback
 from sparse_pretrain.errors import UserError
+from sparse_pretrain.interrupt import Interrupted
 from sparse_pretrain.sparsity.schedule import DENSE_FINETUNE, DENSE_WARMUP, SPARSE
 from sparse_pretrain.tasks.causal_lm import CausalLM
 
@@ -279,7 +280,7 @@ def test_sequences_and_embedding_must_fit(tiny):
 def test_too_little_disk_is_told_before_the_start(tiny, tmp_path, monkeypatch):
     usage = train.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(train.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"run_dir: found 0.00 GB free"):
+    with pytest.raises(UserError, match=r"run_dir: found 0.0 MB free"):
         train.run(tiny())
     assert not (tmp_path / "run" / runs.METRICS_FILE).exists()
 

@@ -1,0 +1,44 @@
+"""Signals that ask a run to end: what they raise, and which they are."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end; nothing is lost, and running it again continues it.
+
+    exit_code 75 is EX_TEMPFAIL of sysexits.h: try again later.
+    """
+
+    exit_code = 75
+
+
+@contextmanager
+def before_the_first_step() -> Iterator[None]:
+    """While a run is being prepared, and has nothing to save yet, a signal raises `Interrupted` at once."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Interrupted(f"{signal.Signals(number).name} before the first step; the same command starts again")
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield
+        return
+    previous = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(_: int = 0) -> None:
+    """For data workers: a signal to the whole process group is the trainer's to answer; they end with it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
