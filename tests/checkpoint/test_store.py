@@ -147,3 +147,16 @@ def test_resolve_takes_run_folders_and_checkpoints(tmp_path):
     newest = store.checkpoint_folder(tmp_path / "checkpoints", 4)
     assert store.resolve(tmp_path, option="checkpoint") == newest
     assert store.resolve(newest, option="checkpoint") == newest
+
+
+def test_damaged_ones_are_set_aside_and_do_not_outlive_new_ones(tmp_path):
+    save_steps(tmp_path, 10, 20, 30)
+    for step in (20, 30):
+        flip_bit(store.checkpoint_folder(tmp_path, step) / "checkpoint.pt")
+    notes = store.set_aside_damaged(tmp_path)
+    assert len(notes) == 2
+    assert store.list_steps(tmp_path) == [10]
+    save_steps(tmp_path, 15)
+    store.prune(tmp_path, kept=1)
+    assert store.list_steps(tmp_path) == [15]
+    assert {path.name for path in tmp_path.glob("damaged-*")} == {"damaged-step-00000020", "damaged-step-00000030"}

@@ -138,10 +138,10 @@ def test_help_lists_groups_and_options():
     assert "refresh_every: 40" in result.stdout
 
 
-def start(folder, corpus, *options):
+def start(folder, corpus, *options, **how):
     return subprocess.Popen(
         [sys.executable, "-m", "sparse_pretrain.cli", "train", *OPTIONS, f"data.train=[{corpus}]", f"run_dir={folder}", *options],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how,
     )  # fmt: skip
 
 
@@ -168,6 +168,51 @@ def test_a_signal_saves_and_exits_with_75(tmp_path, corpus, number):
     newest, notes = store.newest_valid(tmp_path / "run" / runs.CHECKPOINTS)
     assert newest.name == f"step-{int(step):08d}"
     assert not notes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["data.num_workers=2"], ["trainer.devices=2"]], ids=["workers", "ranks"])
+def test_a_signal_to_the_whole_process_group(tmp_path, corpus, options):
+    """As SLURM and containers send it: data workers and ranks get it too."""
+    process = start(tmp_path / "run", corpus, *LONG, *options, start_new_session=True)
+    wait_for_step(tmp_path / "run", 10, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert errors.count("SIGTERM: checkpoint saved at step") == 1
+    assert "Traceback" not in errors
+    assert store.newest_valid(tmp_path / "run" / runs.CHECKPOINTS)[0] is not None
+
+
+@pytest.mark.slow
+def test_ranks_do_not_outlive_their_launcher(tmp_path, corpus):
+    process = start(tmp_path / "run", corpus, *LONG, "trainer.devices=2")
+    wait_for_step(tmp_path / "run", 10, process)
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    rows = len(runs.read_rows(tmp_path / "run" / runs.METRICS_FILE))
+    time.sleep(1)
+    assert len(runs.read_rows(tmp_path / "run" / runs.METRICS_FILE)) == rows
+
+
+@pytest.mark.slow
+def test_an_error_with_several_ranks_is_told_once(tmp_path, corpus):
+    process = start(tmp_path / "run", corpus, "trainer.devices=2", "optimizer.lr=1e30", "trainer.guard.max_skipped=2")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    assert errors.count("error: ") == 1
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_step(tmp_path, corpus):
+    process = start(tmp_path / "run", corpus)
+    time.sleep(1.5)  # importing
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.slow

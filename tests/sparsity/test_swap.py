@@ -198,3 +198,32 @@ def test_a_hugging_face_gpt2_trains_sparse():
                 layer.project()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
+
+
+def test_densify_leaves_a_tied_partner_alone():
+    model = gpt()
+    sparsify(model, recipe(), include=["*"])  # the head is tied to the embedding
+    tokens = torch.randint(32, (2, 8))
+    expected, embedding = model(tokens), model.tok_embed.weight.detach().clone()
+    densify(model)
+    assert torch.equal(model(tokens), expected)
+    assert torch.equal(model.tok_embed.weight, embedding)
+
+
+def test_a_layer_used_twice_is_swapped_under_both_names():
+    layer = nn.Linear(8, 8)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    rows = sparsify(model, recipe(), include=["0"])
+    assert model[0] is model[2]
+    assert isinstance(model[0], SparseLinear)
+    assert [row.name for row in rows] == ["0"]
+    x = torch.randn(3, 8)
+    expected = model(x)
+    densify(model)
+    assert model[0] is model[2] is layer
+    assert torch.equal(model(x), expected)
+
+
+def test_a_bare_layer_cannot_be_swapped_in_place():
+    with pytest.raises(ValueError, match="put it into a module"):
+        sparsify(nn.Linear(8, 8), recipe(), include=["*"])

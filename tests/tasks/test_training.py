@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from sparse24.reference import transposable_mask
 
 from sparse_pretrain import runs, train, worker
 from sparse_pretrain.checkpoint import store
@@ -241,6 +242,70 @@ def test_a_nan_step_stops_the_run_if_asked_to(tiny, monkeypatch, tmp_path):
         train.run(tiny("fst", trainer__guard__nonfinite="stop"))
     assert store.list_steps(tmp_path / "run" / runs.CHECKPOINTS) == [4]
     assert not (tmp_path / "run" / runs.SUMMARY_FILE).exists()
+
+
+def test_a_stopped_run_keeps_the_checkpoints_from_before(tiny, monkeypatch, tmp_path):
+    """Although it is noticed late, at the next logged step, and checkpoints fall due in between."""
+    poison(monkeypatch, {5})
+    changes = {"trainer__log_every": 50, "trainer__eval_every": 50, "trainer__checkpoint_every": 1}
+    with pytest.raises(UserError, match="at step 5: training stopped"):
+        train.run(tiny("fst", trainer__guard__nonfinite="stop", **changes))
+    newest, notes = store.newest_valid(tmp_path / "run" / runs.CHECKPOINTS)
+    assert newest.name == "step-00000005"
+    assert not notes
+    assert store.load(newest)["state_dict"]["guard.stopped_at"] == -1
+
+
+def test_a_corpus_that_changed_is_told(tiny, stop_at, tmp_path):
+    text = tmp_path / "own.txt"
+    text.write_text("some words to begin with, and some more of them. " * 200)
+    stop_at(6)
+    with pytest.raises(Interrupted):
+        train.run(tiny(data__train=[str(text)]))
+    stop_at(None)
+    text.write_text("other words altogether now, which give other tokens. " * 200)
+    with pytest.raises(UserError, match="data: found text or a tokenizer that changed"):
+        train.run(tiny(data__train=[str(text)]))
+
+
+def test_resume_with_another_vocabulary_is_told(tiny, tmp_path):
+    train.run(tiny("dense", "first"))
+    with pytest.raises(UserError, match="resume: found a checkpoint trained with another tokenizer"):
+        train.run(tiny("dense", "second", trainer__steps=20, data__vocab_size=300, resume=str(tmp_path / "first")))
+
+
+def test_a_fork_computes_its_masks_anew(tiny, tmp_path):
+    train.run(tiny("fst", "first", **phases()))
+    changes = phases(recipe__schedule__dense_warmup=0.0, recipe__schedule__dense_finetune=0.0, trainer__steps=13)
+    run_dir = train.run(tiny("fst", "second", resume=str(tmp_path / "first"), **changes))
+    before = store.load(store.checkpoint_folder(tmp_path / "first" / runs.CHECKPOINTS, 12))["state_dict"]
+    after = final_state(run_dir)["state_dict"]
+    name = "model.blocks.0.ffn.up"
+    assert torch.equal(after[f"{name}.mask"], transposable_mask(before[f"{name}.weight"]))
+    assert not torch.equal(after[f"{name}.mask"], before[f"{name}.mask"])
+
+
+@pytest.mark.parametrize("name", [runs.SUMMARY_FILE, runs.RUN_FILE])
+def test_an_empty_json_is_written_again(tiny, tmp_path, name):
+    run_dir = train.run(tiny())
+    summary = runs.read_json(run_dir / runs.SUMMARY_FILE)
+    (run_dir / runs.SUMMARY_FILE).write_text("")
+    (run_dir / name).write_text("")
+    train.run(tiny())
+    assert runs.read_json(run_dir / runs.SUMMARY_FILE) == summary
+    assert runs.read_json(run_dir / runs.RUN_FILE)["corpus"]
+
+
+def test_a_damaged_config_is_told(tiny):
+    run_dir = train.run(tiny())
+    (run_dir / runs.CONFIG_FILE).write_text("")
+    with pytest.raises(UserError, match=r"config.yaml, which is damaged"):
+        train.run(tiny())
+
+
+def test_patterns_are_checked_before_any_data(tiny):
+    with pytest.raises(UserError, match=r"recipe.include: found nothing.\*, which matches no linear layer"):
+        train.run(tiny(recipe__include=["nothing.*"], data__train=["/nowhere.txt"]))
 
 
 def test_nothing_but_nan_stops_the_run(tiny, monkeypatch):
