@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparse_pretrain import config
+from sparse_pretrain import config, preflight
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.paths import config_dir
 
@@ -159,7 +159,7 @@ def _preflight(name: str, schema: type, options: list[str]) -> bool:
                 raise _explain(error, schema, job) from error
             cfg: Any = config.load(schema, _plain(composed))
             if isinstance(cfg, config.TrainConfig):
-                config.check(cfg)
+                preflight.check(cfg)
     return True
 
 

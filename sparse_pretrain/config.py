@@ -1,4 +1,4 @@
-"""The structured config of a training run: what every option is, and the checks across options.
+"""The structured config of every command: what each option is, of which type, and which values it may have.
 
 Imports no torch, so that `--help` and config errors come in well under a second. YAML files under `conf/` pick
 values; the dataclasses here say which options exist and of which type they are. `load` turns a composed config
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import types
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -360,72 +359,6 @@ def _convert(hint: Any, value: Any, option: str) -> Any:
             )
             raise UserError(option, f"{value:g}" if hint is float else value, bounds)
     return value
-
-
-def check(cfg: TrainConfig) -> None:
-    """The checks across options that need neither data nor a device.
-
-    Raises:
-        UserError: for the first combination that cannot work.
-    """
-    model, data, recipe, trainer = cfg.model, cfg.data, cfg.recipe, cfg.trainer
-    if model.d_model % model.n_head:
-        raise UserError("model.n_head", model.n_head, f"a divisor of model.d_model={model.d_model}")
-    if model.position == "rotary" and (model.d_model // model.n_head) % 2:
-        raise UserError(
-            "model.n_head",
-            model.n_head,
-            f"one for which model.d_model / model.n_head is even (model.d_model={model.d_model}, rotary positions)",
-        )
-    if model.n_kv_head is not None and model.n_head % model.n_kv_head:
-        raise UserError("model.n_kv_head", model.n_kv_head, f"a divisor of model.n_head={model.n_head}")
-    if data.seq_len > model.max_seq_len:
-        raise UserError("data.seq_len", data.seq_len, f"at most model.max_seq_len={model.max_seq_len}")
-    if data.source == "text" and not data.train:
-        raise UserError("data.train", "nothing", "a list of files, folders or globs, as data.train=[corpus/*.txt]")
-    if data.source == "huggingface" and not data.hf_path:
-        raise UserError("data.hf_path", "nothing", "the name of a Hugging Face dataset, or a local folder")
-    if len(cfg.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optimizer.betas):
-        raise UserError("optimizer.betas", cfg.optimizer.betas, "two numbers, each at least 0 and below 1")
-    if cfg.scheduler.warmup_steps > trainer.steps:
-        raise UserError("scheduler.warmup_steps", cfg.scheduler.warmup_steps, f"at most trainer.steps={trainer.steps}")
-    _check_recipe(recipe)
-    _check_batch(trainer)
-    if cfg.name is not None and not re.fullmatch(r"[A-Za-z0-9._-]+", cfg.name):
-        raise UserError("name", repr(cfg.name), "letters, digits, '.', '_' and '-'")
-
-
-def _check_recipe(recipe: RecipeConfig) -> None:
-    schedule = recipe.schedule
-    if schedule.dense_warmup + schedule.dense_finetune > 1:
-        raise UserError(
-            "recipe.schedule.dense_finetune",
-            f"{schedule.dense_finetune:g} with recipe.schedule.dense_warmup={schedule.dense_warmup:g}",
-            "shares of the run that add up to at most 1",
-        )
-    if recipe.decay.factor > 0 and recipe.decay.place == "none":
-        raise UserError("recipe.decay.place", "none with a decay factor above 0", CHOICES["recipe.decay.place"][1:])
-    if recipe.projection == "none":
-        for option, used in (
-            ("recipe.weight_gradient", recipe.weight_gradient != "dense"),
-            ("recipe.decay.factor", recipe.decay.factor > 0),
-            ("recipe.include", recipe.include is not None),
-            ("recipe.exclude", bool(recipe.exclude)),
-        ):
-            if used:
-                raise UserError(option, "set for a dense recipe", "this only with recipe.projection other than none")
-
-
-def _check_batch(trainer: TrainerConfig) -> None:
-    if trainer.batch_size % trainer.devices:
-        raise UserError("trainer.batch_size", trainer.batch_size, f"a multiple of trainer.devices={trainer.devices}")
-    per_device = trainer.batch_size // trainer.devices
-    if trainer.micro_batch_size is not None and per_device % trainer.micro_batch_size:
-        raise UserError(
-            "trainer.micro_batch_size",
-            trainer.micro_batch_size,
-            f"a divisor of the {per_device} sequences per device (trainer.batch_size / trainer.devices)",
-        )
 
 
 def options(schema: Any, prefix: str = "") -> list[str]:

@@ -25,25 +25,13 @@ ALLOWED = {
     "reporting": ["config", "errors", "runs"],
     "worker": ["interrupt", "config", "errors", "runs", "hardware", "loggers", "data", "models", "checkpoint", "tasks"],
     "launch": ["config", "interrupt", "worker"],
-    "train": [
-        "config",
-        "errors",
-        "interrupt",
-        "sparsity",
-        "runs",
-        "hardware",
-        "data",
-        "checkpoint",
-        "loggers",
-        "tasks",
-        "launch",
-        "report",
-    ],
+    "preflight": ["config", "errors", "runs", "hardware", "loggers", "data", "checkpoint", "sparsity", "tasks"],
+    "train": ["config", "interrupt", "preflight", "runs", "data", "checkpoint", "launch", "report"],
     "evaluate": ["config", "errors", "runs", "hardware", "data", "evaluation", "sparsity", "tasks"],
     "generate": ["config", "hardware", "data", "tasks"],
     "report": ["config", "errors", "runs", "reporting"],
     "doctor": ["config", "hardware", "loggers", "paths"],
-    "cli": ["config", "errors", "paths"],
+    "cli": ["config", "errors", "paths", "preflight"],
 }
 NEVER_IN_SPARSE24 = ("lightning", "hydra", "omegaconf", "transformers", "sparse_pretrain")
 

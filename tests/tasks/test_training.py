@@ -8,7 +8,7 @@ import pytest
 import torch
 from sparse24.reference import transposable_mask
 
-from sparse_pretrain import runs, train, worker
+from sparse_pretrain import preflight, runs, train, worker
 from sparse_pretrain.checkpoint import store
 from sparse_pretrain.checkpoint.callback import CheckpointCallback
 from sparse_pretrain.errors import UserError
@@ -343,8 +343,8 @@ def test_sequences_and_embedding_must_fit(tiny):
 
 
 def test_too_little_disk_is_told_before_the_start(tiny, tmp_path, monkeypatch):
-    usage = train.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: usage)
+    usage = preflight.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"run_dir: found 0.0 MB free"):
         train.run(tiny())
     assert not (tmp_path / "run" / runs.METRICS_FILE).exists()
