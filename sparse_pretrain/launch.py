@@ -23,10 +23,10 @@ GRACE_SECONDS = 60  # for the other ranks to end after one has
 
 
 class RanksFailed(Exception):
-    """The ranks of a run ended with an error or an interruption that they have already told."""
+    """The ranks of a run ended with an error or an interruption, and have said why."""
 
     def __init__(self, exit_code: int) -> None:
-        super().__init__(f"the run's ranks ended with exit code {exit_code}")
+        super().__init__(f"exit code {exit_code}")
         self.exit_code = exit_code
 
 
@@ -48,7 +48,7 @@ def launch(cfg: TrainConfig, run_dir: Path) -> None:
 
 
 def run_ranks(command: list[str], count: int) -> int:
-    """Run `count` ranks of `command` to their end, passing signals on; returns the first exit code that is not 0."""
+    """Run `count` ranks of `command` to their end, passing signals on; returns the lowest rank's code that is not 0."""
     checkout = str(Path(__file__).resolve().parent.parent)  # for ranks of a program that is not installed
     environment = {
         **os.environ,
@@ -80,15 +80,15 @@ def run_ranks(command: list[str], count: int) -> int:
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
-    failed, deadline = 0, float("inf")
+    """The lowest rank's exit code that is not 0, once all have ended, or the time to follow the first is over."""
+    deadline = float("inf")
     while True:
         codes = [rank.poll() for rank in ranks]
-        if not failed:
-            failed = next((code if code > 0 else 128 - code for code in codes if code), 0)
-            if failed:
-                deadline = time.monotonic() + GRACE_SECONDS
+        failed = [code if code > 0 else 128 - code for code in codes if code]
         if None not in codes or time.monotonic() > deadline:
-            return failed
+            return failed[0] if failed else 0
+        if failed and deadline == float("inf"):
+            deadline = time.monotonic() + GRACE_SECONDS
         time.sleep(0.05)
 
 

@@ -5,6 +5,7 @@ Started in-process by `launch`, or on each rank as `python -m sparse_pretrain.wo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -225,6 +226,9 @@ def main() -> None:
     except (UserError, Interrupted) as end:
         if os.environ.get("RANK", "0") == "0":  # it is the same on every rank: told once
             print(f"error: {end}" if isinstance(end, UserError) else end, file=sys.stderr)
+        if torch.distributed.is_initialized():  # its threads would abort the process as it exits
+            with contextlib.suppress(RuntimeError):
+                torch.distributed.destroy_process_group()
         sys.exit(end.exit_code)
 
 
