@@ -52,9 +52,6 @@ class MetricsCallback(lightning.Callback):
     def _pause(self) -> None:
         self.seconds, self._started = self.elapsed, 0.0
 
-    def _resume(self) -> None:
-        self._started = time.perf_counter()
-
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, CausalLM)
         if trainer.is_global_zero:
@@ -67,7 +64,13 @@ class MetricsCallback(lightning.Callback):
                 dynamic_ncols=True,
                 smoothing=0.05,
             )
-        self._resume()
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Only here: the checkpoint callback comes after this one, and its time is not training time.
+        if not self._started:
+            self._started = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -79,6 +82,9 @@ class MetricsCallback(lightning.Callback):
             self._bar.update(step - self._bar.n)
         validate = step % cfg.eval_every == 0 or last
         if not (validate or step % cfg.log_every == 0):
+            if step % cfg.checkpoint_every == 0:
+                pl_module.sums.cpu()  # wait for the device, so that its work is on the clock
+                self._pause()
             return
         row = self._training_row(trainer, pl_module)
         self._pause()
@@ -93,7 +99,6 @@ class MetricsCallback(lightning.Callback):
             logger.log_metrics(row if logger.name == "csv" else numbers, step=step)
         self._show(row, step, cfg.steps, validate)
         pl_module.guard.raise_if_stopped()
-        self._resume()
 
     def _training_row(self, trainer: lightning.Trainer, module: CausalLM) -> dict[str, Any]:
         cfg, step = module.cfg, module.steps_done

@@ -12,6 +12,7 @@ from sparse_pretrain import preflight, runs, train, worker
 from sparse_pretrain.checkpoint import store
 from sparse_pretrain.checkpoint.callback import CheckpointCallback
 from sparse_pretrain.errors import UserError
+from sparse_pretrain.evaluation.perplexity import total_loss
 from sparse_pretrain.interrupt import Interrupted
 from sparse_pretrain.sparsity.schedule import DENSE_FINETUNE, DENSE_WARMUP, SPARSE
 from sparse_pretrain.tasks.causal_lm import CausalLM
@@ -306,6 +307,30 @@ def test_a_damaged_config_is_told(tiny):
 def test_patterns_are_checked_before_any_data(tiny):
     with pytest.raises(UserError, match=r"recipe.include: found nothing.\*, which matches no linear layer"):
         train.run(tiny(recipe__include=["nothing.*"], data__train=["/nowhere.txt"]))
+
+
+def test_validation_and_checkpoints_are_not_on_the_clock(tiny, monkeypatch):
+    """With a clock that a checkpoint and a validation move on by 1000 seconds, and every look at it by 1 ms."""
+    now = [1.0]
+
+    def look() -> float:
+        now[0] += 1e-3
+        return now[0]
+
+    def slow(function):
+        def wrapped(*args, **kwargs):
+            now[0] += 1000
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    monkeypatch.setattr("sparse_pretrain.tasks.metrics.time.perf_counter", look)
+    monkeypatch.setattr(store, "save", slow(store.save))
+    monkeypatch.setattr("sparse_pretrain.tasks.metrics.total_loss", slow(total_loss))
+    run_dir = train.run(tiny("fst", trainer__checkpoint_every=1, trainer__log_every=5))
+    rows = runs.read_rows(run_dir / runs.METRICS_FILE)
+    assert now[0] > 12_000
+    assert 0 < float(rows[-1]["seconds"]) < 1
 
 
 def test_nothing_but_nan_stops_the_run(tiny, monkeypatch):
