@@ -139,6 +139,7 @@ class TrainerConfig:
     checkpoints_kept: int = 2
     compile: bool = False
     deterministic: bool = False
+    backend: str = "auto"  # what computes 2:4 products; auto = the fastest that is right, measured at the start
     peak_tflops: float | None = None  # per device, for MFU; null = known devices' figure, else measured
     guard: GuardConfig = field(default_factory=GuardConfig)
 
@@ -232,6 +233,7 @@ CHOICES: dict[str, list[str]] = {
     "scheduler.name": ["constant", "cosine", "wsd"],
     "trainer.precision": ["auto", "fp32", "bf16", "fp16"],
     "trainer.accelerator": ["auto", "cpu", "gpu"],
+    "trainer.backend": ["auto", "dense", "cusparselt", "cutlass", "gluon", "triton"],
     "trainer.guard.nonfinite": ["skip", "stop"],
     "trainer.guard.loss_spike": ["off", "skip", "stop"],
     "trainer.guard.gradient_spike": ["off", "skip", "stop"],

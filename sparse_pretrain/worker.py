@@ -34,6 +34,7 @@ from sparse_pretrain.loggers import build_loggers, close_loggers
 from sparse_pretrain.models.count import count_model
 from sparse_pretrain.tasks.causal_lm import CausalLM
 from sparse_pretrain.tasks.metrics import MetricsCallback
+from sparse_pretrain.tasks.products import ProductsCallback
 
 PACKAGES = ("torch", "triton", "lightning", "hydra-core", "tokenizers", "datasets")
 
@@ -61,6 +62,7 @@ def run(run_dir: Path) -> None:
     peak, peak_source = (cfg.trainer.peak_tflops, "given") if cfg.trainer.peak_tflops else peak_tflops(device, dtype)
     identifier = runs.run_id(run_dir)
     callbacks = [
+        ProductsCallback(run_dir, dtype),
         MetricsCallback(run_dir, count.flop_per_token, peak * 1e12 * cfg.trainer.devices),
         CheckpointCallback(
             run_dir / runs.CHECKPOINTS,
@@ -97,7 +99,6 @@ def run(run_dir: Path) -> None:
             "precision": str(dtype).removeprefix("torch."),
             "peak_tflops": peak,
             "peak_source": peak_source,
-            "sparse_products": "dense",  # on masked weights: sparse24 has no kernels yet
             "corpus": describe(tokens),
             "model": asdict(count),
             "layers": [asdict(row) for row in module.layers],

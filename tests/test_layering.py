@@ -20,7 +20,10 @@ ALLOWED = {
     "checkpoint": ["errors", "interrupt"],
     "evaluation": [],
     "sparsity": ["config", "errors", "paths", "optim", "sparse24"],
-    "tasks": ["config", "errors", "runs", "hardware", "models", "optim", "sparsity", "evaluation", "checkpoint"],
+    "tasks": [
+        *("config", "errors", "paths", "runs", "hardware", "models", "optim", "sparsity", "evaluation", "checkpoint"),
+        "sparse24",
+    ],
     "loggers": ["config", "runs"],
     "reporting": ["config", "errors", "runs"],
     "worker": ["interrupt", "config", "errors", "runs", "hardware", "loggers", "data", "models", "checkpoint", "tasks"],

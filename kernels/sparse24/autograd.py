@@ -14,8 +14,9 @@ Why an `autograd.Function`: autograd would differentiate the projection, would m
 what the forward pass used, and has no place where dY could be pruned for one of the two products only. The
 bias gradient sums dY as it came, unpruned.
 
-Saved for the backward pass: X, Ŵ (the very tensor, no copy) and, for MVUE, where to find the random numbers:
-three integers instead of a mask, since they are a pure function of (seed, step, layer, position).
+Saved for the backward pass: X, Ŵ as the dX product wants it (the very tensors, no copy) and, for MVUE, where to
+find the random numbers: three integers instead of a mask, since they are a pure function of (seed, step, layer,
+position).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse24.reference import linear_dw, linear_dx, linear_forward, uniform24
+from sparse24 import ops
+from sparse24.backends.base import Operand
 
 
 class MvueKey(NamedTuple):
@@ -43,18 +45,36 @@ class MvueKey(NamedTuple):
     counter: Tensor
 
 
-def sparse_linear(
-    x: Tensor, weight: Tensor, sparse_weight: Tensor, bias: Tensor | None = None, mvue: MvueKey | None = None
-) -> Tensor:
-    """y = x @ sparse_weightᵀ + bias, with the straight-through gradient given to `weight`.
+class SparseWeight(NamedTuple):
+    """The 2:4 weight of this step, packed for its products.
 
-    Under autocast x, sparse_weight and bias are cast as `F.linear` would cast them; gradients come back in
-    the dtypes of the arguments.
+    forward: operand (out_features, in_features) of Y = X Ŵᵀ.
+    input_gradient: operand (in_features, out_features) of dX = dY Ŵ.
+    weight_gradient: the choice (`backend` or `backend:variant`) for dW with MVUE; nothing of Ŵ is needed there.
+    """
+
+    forward: Operand
+    input_gradient: Operand
+    weight_gradient: str = "dense"
+
+
+def sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    sparse_weight: Tensor | SparseWeight,
+    bias: Tensor | None = None,
+    mvue: MvueKey | None = None,
+) -> Tensor:
+    """y = x @ Ŵᵀ + bias, with the straight-through gradient given to `weight`.
+
+    Under autocast x, bias and a dense Ŵ are cast as `F.linear` would cast them, and a packed Ŵ must have that dtype
+    already; gradients come back in the dtypes of the arguments.
 
     Args:
         x: (..., in_features); leading dimensions, flattened in order, are the tokens.
         weight: (out_features, in_features), the master weight; only its gradient is of interest.
-        sparse_weight: (out_features, in_features), the 2:4 weight of this step; gets no gradient.
+        sparse_weight: the 2:4 weight of this step: (out_features, in_features) for dense products, or packed. Gets no
+            gradient.
         bias: (out_features,) or None.
         mvue: if given, dY is pruned by `reference.mvue24` before dW = dYᵀX.
 
@@ -64,23 +84,29 @@ def sparse_linear(
     Raises:
         ValueError: shapes do not fit.
     """
-    if weight.dim() != 2 or sparse_weight.shape != weight.shape:
-        raise ValueError(
-            "weight and sparse_weight must both be (out_features, in_features); "
-            f"found {tuple(weight.shape)} and {tuple(sparse_weight.shape)}"
-        )
+    if isinstance(sparse_weight, Tensor):
+        if weight.dim() != 2 or sparse_weight.shape != weight.shape:
+            raise ValueError(
+                "weight and sparse_weight must both be (out_features, in_features); "
+                f"found {tuple(weight.shape)} and {tuple(sparse_weight.shape)}"
+            )
+        sparse_weight = SparseWeight(Operand("dense", [sparse_weight]), Operand("dense", [sparse_weight.t()]))
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be (..., in_features={weight.shape[1]}); found {tuple(x.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be (out_features={weight.shape[0]},); found {tuple(bias.shape)}")
-    if mvue is None:
-        return _SparseLinear.apply(x, weight, sparse_weight, bias, 0, None)
-    seed, layer, counter = mvue
-    if not isinstance(layer, Tensor):
-        layer = torch.full((), layer, dtype=torch.int64, device=counter.device)
-    # a copy of three integers: the trainer moves the counter on in place before the next forward pass
-    position = torch.cat([counter, layer.view(1)])
-    return _SparseLinear.apply(x, weight, sparse_weight, bias, seed, position)
+    forward, input_gradient, weight_choice = sparse_weight
+    seed, position = 0, None
+    if mvue is not None:
+        seed, layer, counter = mvue
+        if not isinstance(layer, Tensor):
+            layer = torch.full((), layer, dtype=torch.int64, device=counter.device)
+        # a copy of three integers: the trainer moves the counter on in place before the next forward pass
+        position = torch.cat([counter, layer.view(1)])
+    choices = (forward.choice, input_gradient.choice, weight_choice)
+    return _SparseLinear.apply(
+        x, weight, bias, seed, position, choices, len(forward.tensors), *forward.tensors, *input_gradient.tensors
+    )
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -89,41 +115,45 @@ class _SparseLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        sparse_weight: Tensor,
         bias: Tensor | None,
         seed: int,
         position: Tensor | None,
+        choices: tuple[str, str, str],
+        n_forward: int,
+        *operands: Tensor,
     ) -> Tensor:
-        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
+        ctx.x_dtype, ctx.weight_dtype, ctx.weight_shape = x.dtype, weight.dtype, weight.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.seed = seed
-        x, sparse_weight = _autocast(x), _autocast(sparse_weight)
+        ctx.seed, ctx.choices = seed, choices
+        out_features = weight.shape[0]
+        x = _autocast(x)
+        operand, operand_t = list(operands[:n_forward]), list(operands[n_forward:])
+        if choices[0] == "dense":
+            operand = [_autocast(operand[0])]
+        if choices[1] == "dense":
+            operand_t = [operand[0].t() if choices[0] == "dense" else _autocast(operand_t[0])]
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         ctx.save_for_backward(
             x if needs_dw else None,
-            sparse_weight if needs_dx else None,
             position if needs_dw else None,
+            *(operand_t if needs_dx else ()),
         )
-        return linear_forward(x, sparse_weight, None if bias is None else _autocast(bias))
+        return ops.linear(choices[0], operand, x, None if bias is None else _autocast(bias), out_features)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, sparse_weight, position = ctx.saved_tensors
-        needs_dx, needs_dw, _, needs_db = ctx.needs_input_grad[:4]
+        x, position, *operand_t = ctx.saved_tensors
+        needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
         dx = dw = db = None
         if needs_dx:
-            dx = linear_dx(dy, sparse_weight).to(ctx.x_dtype)
+            dx = ops.linear(ctx.choices[1], operand_t, dy, None, ctx.weight_shape[1]).to(ctx.x_dtype)
         tokens_dy = dy.flatten(0, -2) if dy.dim() > 1 else dy.unsqueeze(0)
         if needs_dw:
-            uniform = None
-            if position is not None:
-                step, first_token, layer = position.to(dy.device)
-                tokens, features = tokens_dy.shape
-                uniform = uniform24(ctx.seed, step, layer, tokens, features, first_token, dy.device)
-            dw = linear_dw(tokens_dy, x.reshape(-1, x.shape[-1]), uniform).to(ctx.weight_dtype)
+            tokens_x = x.reshape(-1, x.shape[-1])
+            dw = ops.weight_gradient(ctx.choices[2], tokens_dy, tokens_x, ctx.seed, position).to(ctx.weight_dtype)
         if needs_db:
             db = tokens_dy.sum(dim=0).to(ctx.bias_dtype)
-        return dx, dw, None, db, None, None
+        return dx, dw, db, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
 def _autocast(tensor: Tensor) -> Tensor:

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sparse24.autograd import MvueKey, sparse_linear
+from sparse24 import ops
+from sparse24.autograd import MvueKey, SparseWeight, sparse_linear
+from sparse24.backends import split_choice
+from sparse24.backends.base import Operand
+from sparse24.dispatch import Plan
 from torch import Tensor, nn
-
-from sparse_pretrain.sparsity.projections import MASKS
 
 
 class SparseLinear(nn.Module):
@@ -17,11 +19,12 @@ class SparseLinear(nn.Module):
 
     `weight` and `bias` are the swapped layer's own Parameter objects under its own names, so optimizers, checkpoints
     and tied weights do not notice the swap; `mask` (boolean, the weight's shape, True = kept) is an extra buffer. Ŵ is
-    kept from one `project` to the next: once per optimizer step, whatever the number of micro-batches.
+    kept from one `project` to the next: once per optimizer step, whatever the number of micro-batches. It is held as
+    `plan` says, a dense tensor or packed, in `product_dtype`.
 
     Args:
         dense: the layer to replace: an `nn.Linear`, or a Hugging Face `Conv1D` (its weight is (in, out)).
-        projection: a name of `projections.MASKS`.
+        projection: `magnitude` or `transposable`.
         weight_gradient: `dense`, or `mvue` to prune dY without bias before dW = dYᵀX.
     """
 
@@ -38,6 +41,9 @@ class SparseLinear(nn.Module):
         self.projection = projection
         self.weight_gradient = weight_gradient
         self.mvue: MvueKey | None = None  # set by SparseTraining
+        self.plan = Plan()  # dense products, until `sparsity.products` has measured
+        self.product_dtype = self.weight.dtype
+        self.packed: SparseWeight | None = None  # Ŵ, unless it is in the buffer `sparse_weight`
         self.register_buffer("mask", torch.empty_like(self.weight, dtype=torch.bool))
         self.register_buffer("sparse_weight", None, persistent=False)
         self.refresh()
@@ -50,48 +56,66 @@ class SparseLinear(nn.Module):
     @property
     def is_sparse(self) -> bool:
         """Whether products use the 2:4 weight (else the dense master weight)."""
-        return self.sparse_weight is not None
+        return self.sparse_weight is not None or self.packed is not None
 
     @torch.no_grad()
     def refresh(self) -> Tensor:
         """Recompute the mask from the master weight; returns how many of its entries changed (0-dim int64)."""
-        mask = self._out_by_in(self.mask)
-        new = MASKS[self.projection](self._out_by_in(self.weight))
-        flips = (new != mask).sum()
-        mask.copy_(new)
-        return flips
+        return ops.refresh_mask_(self._out_by_in(self.weight), self._out_by_in(self.mask), self.projection)
 
     @torch.no_grad()
     def project(self) -> None:
         """Recompute Ŵ = M⊙W from the master weight and go on with it."""
         weight, mask = self._out_by_in(self.weight), self._out_by_in(self.mask)
-        if self.sparse_weight is None:
-            self.sparse_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        torch.mul(weight, mask, out=self.sparse_weight)
+        if self.plan.forward == self.plan.input_gradient == "dense":
+            self.packed = None
+            if self.sparse_weight is None or self.sparse_weight.dtype != self.product_dtype:
+                self.sparse_weight = torch.empty(weight.shape, dtype=self.product_dtype, device=weight.device)
+            torch.mul(weight, mask, out=self.sparse_weight)
+            return
+        self.sparse_weight = None
+        forward, _ = split_choice(self.plan.forward)
+        transpose, _ = split_choice(self.plan.input_gradient)
+        dtype = self.product_dtype
+        if forward is transpose:
+            operand, operand_t = forward.pack_weight(weight, mask, dtype, forward=True, transpose=True)
+        else:
+            operand, _ = forward.pack_weight(weight, mask, dtype, forward=True, transpose=False)
+            _, operand_t = transpose.pack_weight(weight, mask, dtype, forward=False, transpose=True)
+        if self.packed is None:
+            self.packed = SparseWeight(
+                Operand(self.plan.forward, operand),
+                Operand(self.plan.input_gradient, operand_t),
+                self.plan.weight_gradient,
+            )
+            return
+        # into the same memory, where a captured CUDA graph will look for it
+        held = self.packed.forward.tensors + self.packed.input_gradient.tensors
+        for old, new in zip(held, operand + operand_t, strict=True):
+            old.copy_(new)
 
     def go_dense(self) -> None:
         """Use the master weight as it is, until the next `project`."""
-        self.sparse_weight = None
+        self.sparse_weight = self.packed = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns (..., out_features)."""
         weight = self._out_by_in(self.weight)
-        if self.sparse_weight is None:
+        sparse_weight = self.sparse_weight if self.packed is None else self.packed
+        if sparse_weight is None:
             return F.linear(x, weight, self.bias)
         if self.weight_gradient == "mvue" and self.mvue is None and torch.is_grad_enabled():
             raise RuntimeError("a layer with weight_gradient=mvue trains only under a SparseTraining")
-        return sparse_linear(x, weight, self.sparse_weight, self.bias, self.mvue)
+        return sparse_linear(x, weight, sparse_weight, self.bias, self.mvue)
 
     def dense_layer(self) -> nn.Module:
         """The swapped layer, holding the weight that this one computes with now."""
         (dense,) = self._dense
         dense.weight = self.weight
         dense.register_parameter("bias", self.bias)
-        if self.sparse_weight is not None:
+        if self.is_sparse:
             # A Parameter of its own: the master weight may be tied to another layer, which goes on using it.
-            dense.weight = nn.Parameter(
-                self._out_by_in(self.sparse_weight).clone(memory_format=torch.contiguous_format)
-            )
+            dense.weight = nn.Parameter((self.weight * self.mask).detach().contiguous())
         return dense.train(self.training)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

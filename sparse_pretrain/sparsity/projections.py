@@ -1,17 +1,6 @@
-"""How a dense (master) weight becomes the 2:4 weight of this step."""
+"""Which weights a projection can make 2:4."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-
-from sparse24 import reference
-from torch import Tensor
-
-# recipe.projection -> the mask of a weight (out_features, in_features), True = kept
-MASKS: dict[str, Callable[[Tensor], Tensor]] = {
-    "magnitude": reference.magnitude_mask,
-    "transposable": reference.transposable_mask,
-}
 
 
 def shape_obstacle(projection: str, out_features: int, in_features: int) -> str | None:

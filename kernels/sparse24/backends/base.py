@@ -1,0 +1,92 @@
+"""What a backend is: one way to multiply by a 2:4 matrix, and to bring that matrix into the form it needs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "forward", "input_gradient", "weight_gradient"
+KINDS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)
+
+
+@dataclass(frozen=True)
+class Product:
+    """One of the three products of a linear layer, with the 2:4 operand on the left: (m, k) times (k, n)."""
+
+    kind: str
+    tokens: int
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+
+    @property
+    def m(self) -> int:
+        """Rows of the 2:4 operand: Ŵ, Ŵᵀ, or the pruned dYᵀ."""
+        return self.in_features if self.kind == INPUT_GRADIENT else self.out_features
+
+    @property
+    def k(self) -> int:
+        """Contraction length, along which the operand is 2:4."""
+        return {FORWARD: self.in_features, INPUT_GRADIENT: self.out_features, WEIGHT_GRADIENT: self.tokens}[self.kind]
+
+    @property
+    def n(self) -> int:
+        """Columns of the dense operand."""
+        return self.in_features if self.kind == WEIGHT_GRADIENT else self.tokens
+
+
+class Operand(NamedTuple):
+    """A 2:4 matrix as one backend wants it.
+
+    choice: `backend` or `backend:variant`, what to multiply with.
+    tensors: the matrix in that backend's own form.
+    """
+
+    choice: str
+    tensors: list[Tensor]
+
+
+class Backend(ABC):
+    """One way to compute the products. Every method but `supports` may assume that `supports` said yes."""
+
+    name: str
+
+    @abstractmethod
+    def supports(self, product: Product, device: torch.device) -> tuple[bool, str]:
+        """Whether it can compute this product on this device, and if not, why not."""
+
+    def variants(self, product: Product, device: torch.device) -> list[str]:
+        """Algorithms to choose from by measuring, best guess first; `""` where there is only one."""
+        return [""]
+
+    @abstractmethod
+    def pack_weight(
+        self, weight: Tensor, mask: Tensor, dtype: torch.dtype, forward: bool, transpose: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """M⊙W as operands.
+
+        Args:
+            weight: (out_features, in_features), any floating dtype and strides.
+            mask: boolean of that shape, 2:4 along the rows; along the columns too if `transpose`.
+            dtype: of the values.
+            forward: whether the operand for Y = X Ŵᵀ is wanted, 2:4 along in_features.
+            transpose: whether the operand for dX = dY Ŵ is wanted, 2:4 along out_features.
+
+        Returns:
+            tensors of the two operands; an empty list for one that is not wanted.
+        """
+
+    @abstractmethod
+    def linear(self, operand: list[Tensor], x: Tensor, bias: Tensor | None, features: int, variant: str) -> Tensor:
+        """(tokens, k) times the transpose of an operand (features, k), plus bias (features,): (tokens, features)."""
+
+    @abstractmethod
+    def weight_gradient(self, dy: Tensor, x: Tensor, seed: int, position: Tensor, variant: str) -> Tensor:
+        """mvue24(dY)ᵀ X: dy (tokens, out_features), x (tokens, in_features) -> (out_features, in_features).
+
+        seed and position ((3,) int64: step, first token, layer) say which random numbers prune dY.
+        """

@@ -1,0 +1,71 @@
+"""Our own sparse GEMMs on the sparse tensor cores, from ahead-of-time cubins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse24 import ops
+from sparse24.backends.base import WEIGHT_GRADIENT, Backend, Product
+from sparse24.fragments import Fragments
+
+
+class Gluon(Backend):
+    """`matmul.linear` and `matmul.outer` on fragment-ordered operands; a variant is a kernel of the manifest."""
+
+    name = "gluon"
+
+    def supports(self, product: Product, device: torch.device) -> tuple[bool, str]:
+        if device.type != "cuda":
+            return False, "needs a CUDA device"
+        if not ops.HAS_TRITON:
+            return False, "packing needs triton, which is not installed"
+        from sparse24 import matmul
+
+        if product.kind != WEIGHT_GRADIENT and (product.m % 128 or product.k % 128):
+            return False, f"needs features in multiples of 128, found {product.out_features}, {product.in_features}"
+        return matmul.supports(
+            _form(product), product.m, product.n, -(-product.k // 64) * 64, product.dtype, _capability(device)
+        )
+
+    def variants(self, product: Product, device: torch.device) -> list[str]:
+        from sparse24 import matmul
+
+        return matmul.variants(_form(product), product.dtype, _capability(device))
+
+    def pack_weight(
+        self, weight: Tensor, mask: Tensor, dtype: torch.dtype, forward: bool, transpose: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        from sparse24.prune import prune_pack
+        from sparse24.transposable import pack_both
+
+        if forward and transpose:
+            packed, packed_t = pack_both(weight, mask, dtype, fragments=True)
+            return [packed.values, packed.metadata], [packed_t.values, packed_t.metadata]
+        one = weight, mask
+        if transpose:
+            one = weight.t(), mask.t()
+        packed = prune_pack(one[0], "mask", dtype, mask=one[1], fragments=True)
+        tensors = [packed.values, packed.metadata]
+        return (tensors, []) if forward else ([], tensors)
+
+    def linear(self, operand: list[Tensor], x: Tensor, bias: Tensor | None, features: int, variant: str) -> Tensor:
+        from sparse24 import matmul
+
+        fragments = Fragments(operand[0], operand[1], features, x.shape[1], x.dtype)
+        return matmul.linear(fragments, x.contiguous(), bias, variant=variant or None)
+
+    def weight_gradient(self, dy: Tensor, x: Tensor, seed: int, position: Tensor, variant: str) -> Tensor:
+        from sparse24 import matmul
+        from sparse24.mvue import mvue_pack
+
+        packed = mvue_pack(dy, seed, position, x.dtype, fragments=True)
+        return matmul.outer(packed, x.contiguous(), variant=variant or None)
+
+
+def _form(product: Product) -> str:
+    return "outer" if product.kind == WEIGHT_GRADIENT else "linear"
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -1,0 +1,138 @@
+"""The operators as a layer uses them: the kernel on a GPU, the reference elsewhere.
+
+What runs inside a model is a custom operator with a fake implementation, so that torch.compile traces through it
+without a graph break; what runs once per optimizer step is a plain function.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from sparse24 import reference
+
+HAS_TRITON = find_spec("triton") is not None
+_MASKS = {"magnitude": reference.magnitude_mask, "transposable": reference.transposable_mask}
+
+
+def use_kernels(tensor: Tensor) -> bool:
+    """Whether Triton kernels serve this tensor."""
+    return HAS_TRITON and tensor.is_cuda
+
+
+# --- once per optimizer step ---
+
+
+def refresh_mask_(weight: Tensor, mask: Tensor, projection: str) -> Tensor:
+    """Recompute a mask in place from its weight; on a GPU in one pass over both.
+
+    Args:
+        weight: (out_features, in_features), floating point, any strides.
+        mask: boolean of that shape, any strides.
+        projection: `magnitude` or `transposable`.
+
+    Returns:
+        how many entries changed, 0-dim int64.
+    """
+    if not use_kernels(weight):
+        new = _MASKS[projection](weight)
+        flips = (new != mask).sum()
+        mask.copy_(new)
+        return flips
+    flips = torch.zeros((), dtype=torch.int64, device=weight.device)
+    if projection == "transposable":
+        from sparse24.transposable import transposable_mask_
+
+        transposable_mask_(weight, mask, flips)
+    else:
+        from sparse24.prune import magnitude_mask_
+
+        magnitude_mask_(weight, mask, flips)
+    return flips
+
+
+def masked_weight(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """M⊙W in `dtype`, dense; contiguous wherever the weight is."""
+    out = torch.empty_like(weight, dtype=dtype)
+    return torch.mul(weight, mask, out=out)
+
+
+# --- in the model ---
+
+
+@torch.library.custom_op(
+    "sparse24::mvue_prune", mutates_args=(), schema="(Tensor dy, int seed, Tensor position) -> Tensor"
+)
+def _mvue_prune_kernel(dy: Tensor, seed: int, position: Tensor) -> Tensor:
+    from sparse24 import mvue
+
+    return mvue.mvue_prune(dy, seed, position)
+
+
+@_mvue_prune_kernel.register_fake
+def _(dy: Tensor, seed: int, position: Tensor) -> Tensor:
+    return dy.new_empty(dy.shape)
+
+
+def mvue_prune(dy: Tensor, seed: int, position: Tensor) -> Tensor:
+    """`reference.mvue24` of dY (tokens, features) under the random numbers of seed and position.
+
+    position: (3,) int64: optimizer step, first token of dY in the global batch, layer.
+    """
+    if use_kernels(dy):
+        return _mvue_prune_kernel(dy, seed, position)
+    step, first_token, layer = position.to(dy.device)
+    tokens, features = dy.shape
+    return reference.mvue24(dy, reference.uniform24(seed, step, layer, tokens, features, first_token, dy.device))
+
+
+@torch.library.custom_op(
+    "sparse24::linear",
+    mutates_args=(),
+    schema="(str choice, Tensor[] operand, Tensor x, Tensor? bias, int features) -> Tensor",
+)
+def _linear(choice: str, operand: list[Tensor], x: Tensor, bias: Tensor | None, features: int) -> Tensor:
+    from sparse24.backends import split_choice
+
+    backend, variant = split_choice(choice)
+    return backend.linear(operand, x, bias, features, variant).contiguous()
+
+
+@_linear.register_fake
+def _(choice: str, operand: list[Tensor], x: Tensor, bias: Tensor | None, features: int) -> Tensor:
+    return x.new_empty(x.shape[0], features)
+
+
+def linear(choice: str, operand: list[Tensor], x: Tensor, bias: Tensor | None, features: int) -> Tensor:
+    """x (..., k) times the transpose of a 2:4 operand (features, k), plus bias: (..., features)."""
+    if choice == "dense":
+        return reference.linear_forward(x, operand[0], bias)  # plain operators: compilers see through them
+    return _linear(choice, operand, x.reshape(-1, x.shape[-1]), bias, features).view(*x.shape[:-1], features)
+
+
+@torch.library.custom_op(
+    "sparse24::weight_gradient",
+    mutates_args=(),
+    schema="(str choice, Tensor dy, Tensor x, int seed, Tensor position) -> Tensor",
+)
+def _weight_gradient(choice: str, dy: Tensor, x: Tensor, seed: int, position: Tensor) -> Tensor:
+    from sparse24.backends import split_choice
+
+    backend, variant = split_choice(choice)
+    return backend.weight_gradient(dy, x, seed, position, variant).float()
+
+
+@_weight_gradient.register_fake
+def _(choice: str, dy: Tensor, x: Tensor, seed: int, position: Tensor) -> Tensor:
+    return x.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32)
+
+
+def weight_gradient(choice: str, dy: Tensor, x: Tensor, seed: int, position: Tensor | None) -> Tensor:
+    """dW = dYᵀ X, with dY (tokens, out_features) pruned by MVUE first if `position` is given."""
+    if position is None:
+        return reference.linear_dw(dy, x)
+    if choice == "dense":
+        return reference.linear_dw(mvue_prune(dy, seed, position), x)
+    return _weight_gradient(choice, dy, x, seed, position)

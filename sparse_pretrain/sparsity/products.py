@@ -1,0 +1,66 @@
+"""Which backend multiplies in each sparse layer: measured on the run's device, or as asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from sparse24.dispatch import LayerShape, Plan, UnsupportedError, choose, table
+from torch import nn
+
+from sparse_pretrain.errors import UserError
+from sparse_pretrain.sparsity.linear import SparseLinear
+
+
+def choose_plans(
+    model: nn.Module,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    micro_batches: int,
+    backend: str,
+    cache: Path,
+) -> tuple[dict[str, Plan], str]:
+    """A plan for every sparse layer of `model`, by name, and the measurements as a table (empty if there were none).
+
+    Args:
+        model: with its sparse layers; it may be elsewhere than on `device`.
+        tokens: of one micro-batch on one device.
+        dtype: of the products.
+        device: where the run will be.
+        micro_batches: of one optimizer step.
+        backend: `auto` or a backend's name.
+        cache: the file that remembers measurements.
+
+    Raises:
+        UserError: the backend asked for cannot serve a layer.
+    """
+    plans: dict[str, Plan] = {}
+    tables: dict[LayerShape, str] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, SparseLinear):
+            continue
+        shape = LayerShape(
+            tokens,
+            layer.out_features,
+            layer.in_features,
+            dtype,
+            transposable=layer.projection == "transposable",
+            mvue=layer.weight_gradient == "mvue",
+            micro_batches=micro_batches,
+        )
+        try:
+            plans[name], rows = choose(shape, device, backend, cache)
+        except UnsupportedError as error:
+            raise UserError("trainer.backend", f"{backend}, which cannot serve {name}: {error}", "auto") from error
+        if rows:
+            tables[shape] = table(shape, plans[name], rows)
+    return plans, "\n".join(tables.values())
+
+
+def apply_plans(model: nn.Module, plans: dict[str, Plan], dtype: torch.dtype) -> None:
+    """Let every sparse layer multiply as its plan says, in `dtype`, from its next `project` on."""
+    for name, plan in plans.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, SparseLinear)
+        layer.plan, layer.product_dtype = plan, dtype

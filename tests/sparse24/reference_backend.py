@@ -1,0 +1,29 @@
+"""A backend in plain PyTorch, for tests of everything around backends."""
+
+from sparse24 import ops
+from sparse24.backends.base import Backend
+from sparse24.packing import Packed, pack, unpack
+
+
+class Reference(Backend):
+    """Row-major packed operands, multiplied by unpacking them: right, and none too fast."""
+
+    name = "reference"
+
+    def supports(self, product, device):
+        return (True, "") if product.k % 16 == 0 else (False, f"needs k in multiples of 16, found {product.k}")
+
+    def variants(self, product, device):
+        return ["a", "b"]
+
+    def pack_weight(self, weight, mask, dtype, forward, transpose):
+        packed = pack(weight.to(dtype), mask) if forward else None
+        packed_t = pack(weight.t().to(dtype), mask.t()) if transpose else None
+        return [list(p[:2]) if p else [] for p in (packed, packed_t)]
+
+    def linear(self, operand, x, bias, features, variant):
+        y = x @ unpack(Packed(*operand, cols=x.shape[1])).t()
+        return y if bias is None else y + bias
+
+    def weight_gradient(self, dy, x, seed, position, variant):
+        return unpack(pack(ops.mvue_prune(dy, seed, position).t())) @ x

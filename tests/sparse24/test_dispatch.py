@@ -1,0 +1,248 @@
+"""Choosing backends: measured, checked, remembered, forced; on the CPU, with backends made for the purpose."""
+
+import json
+import time
+
+import pytest
+import torch
+from sparse24 import backends, dispatch, ops
+from sparse24.autograd import MvueKey, SparseWeight, sparse_linear
+from sparse24.backends.base import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Operand, Product
+from sparse24.dispatch import LayerShape, Plan, UnsupportedError, choose, table
+from sparse24.reference import transposable_mask
+
+from tests.sparse24.reference_backend import Reference
+
+CPU = torch.device("cpu")
+SHAPE = LayerShape(64, 32, 48, torch.float32, transposable=True, mvue=True)
+
+
+class Wrong(Reference):
+    """Fast, and wrong in one of its two variants' columns (as a library's tuned algorithm may be)."""
+
+    name = "wrong"
+
+    def linear(self, operand, x, bias, features, variant):
+        y = super().linear(operand, x, bias, features, variant)
+        if variant == "a":
+            y[:, 0] = 0
+        return y
+
+    def weight_gradient(self, dy, x, seed, position, variant):
+        return super().weight_gradient(dy, x, seed, position, variant) * torch.nan
+
+
+class Slow(Reference):
+    name = "slow"
+
+    def linear(self, *args):
+        time.sleep(0.005)
+        return super().linear(*args)
+
+
+class Failing(Reference):
+    name = "failing"
+
+    def linear(self, *args):
+        raise RuntimeError("no such algorithm\nwith a long explanation")
+
+    def weight_gradient(self, *args):
+        raise RuntimeError("no such algorithm")
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """use(Reference(), ...): these are the backends now, beside dense."""
+
+    def install(*extra):
+        known = {"dense": backends.BACKENDS["dense"], **{b.name: b for b in extra}}
+        monkeypatch.setattr(backends, "BACKENDS", known)
+        monkeypatch.setattr(dispatch, "BACKENDS", known)
+
+    return install
+
+
+@pytest.fixture
+def as_gpu(monkeypatch):
+    """Measure on the CPU as on a GPU."""
+    original = dispatch.choose
+
+    def choose_here(shape, backend="auto", cache=None):
+        class Device:
+            type = "cuda"
+
+        monkeypatch.setattr(dispatch, "measure", lambda s, kind, device, only=None: measure(s, kind, CPU, only))
+        monkeypatch.setattr(dispatch, "device_key", lambda device: {"gpu": "pretend"})
+        return original(shape, Device(), backend, cache)
+
+    measure = dispatch.measure
+    return choose_here
+
+
+def test_on_a_cpu_everything_is_dense():
+    assert choose(SHAPE, CPU) == (Plan("dense", "dense", "dense"), [])
+
+
+def test_the_three_products():
+    product = Product(FORWARD, 7, 5, 3, torch.float32)
+    assert (product.m, product.k, product.n) == (5, 3, 7)
+    product = Product(INPUT_GRADIENT, 7, 5, 3, torch.float32)
+    assert (product.m, product.k, product.n) == (3, 5, 7)
+    product = Product(WEIGHT_GRADIENT, 7, 5, 3, torch.float32)
+    assert (product.m, product.k, product.n) == (5, 7, 3)
+
+
+@pytest.mark.parametrize("kind", [FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT])
+def test_measuring_one_product(use, kind):
+    use(Reference(), Failing())
+    rows = {row.choice.partition(":")[0]: row for row in dispatch.measure(SHAPE, kind, CPU)}
+    assert rows["dense"].choice == "dense"
+    assert rows["dense"].product_ms > 0
+    assert rows["reference"].choice in ("reference:a", "reference:b")
+    assert rows["reference"].product_ms > 0
+    assert rows["failing"].product_ms is None
+    assert rows["failing"].note == "no such algorithm"
+
+
+def test_a_wrong_variant_is_told_and_never_chosen(use):
+    use(Wrong())
+    with pytest.warns(UserWarning, match=r"wrong, forward of 32x48x64, wrong: a is off by 0\.\d"):
+        _, row = dispatch.measure(SHAPE, FORWARD, CPU)
+    assert row.choice == "wrong:b"
+    with pytest.warns(UserWarning, match="a is off by nan, b is off by nan"):
+        _, row = dispatch.measure(SHAPE, WEIGHT_GRADIENT, CPU)
+    assert row.product_ms is None
+    assert "nan" in row.note
+
+
+def test_the_fastest_is_chosen_and_only_where_the_recipe_is_sparse(use, as_gpu):
+    use(Slow())
+    plan, rows = as_gpu(SHAPE)
+    assert plan.forward == plan.input_gradient == "dense"
+    assert [row.kind for row in rows] == [FORWARD] * 2 + [INPUT_GRADIENT] * 2 + [WEIGHT_GRADIENT] * 2
+    plain = LayerShape(64, 32, 48, torch.float32, transposable=False, mvue=False)
+    plan, rows = as_gpu(plain)
+    assert {row.kind for row in rows} == {FORWARD}
+
+
+def test_packing_counts_once_per_step():
+    row = dispatch.Row(FORWARD, "x", product_ms=2.0, packing_ms=8.0)
+    assert row.step_ms(1) == 10
+    assert row.step_ms(4) == 16
+
+
+def test_a_forced_backend_never_falls_back(use):
+    use(Slow(), Failing())
+    plan, _ = choose(SHAPE, CPU, "slow")
+    assert {choice.partition(":")[0] for choice in plan} == {"slow"}
+    with pytest.raises(UnsupportedError, match="forward by failing: no such algorithm"):
+        choose(SHAPE, CPU, "failing")
+    odd = LayerShape(64, 32, 20, torch.float32, transposable=False, mvue=False)
+    with pytest.raises(UnsupportedError, match="needs k in multiples of 16, found 20"):
+        choose(odd, CPU, "slow")
+    with pytest.raises(ValueError, match="backend must be one of .*found 'fast'"):
+        choose(SHAPE, CPU, "fast")
+    assert choose(SHAPE, CPU, "dense") == (Plan(), [])
+
+
+def test_measurements_are_remembered(use, as_gpu, tmp_path, monkeypatch):
+    use(Reference())
+    cache = tmp_path / "new" / "cache.json"
+    first = as_gpu(SHAPE, cache=cache)
+    (entry,) = json.loads(cache.read_text()).values()
+    assert tuple(entry["plan"]) == first[0]
+    other = LayerShape(128, 32, 48, torch.float32, transposable=True, mvue=True)
+    as_gpu(other, cache=cache)
+    assert len(json.loads(cache.read_text())) == 2
+    monkeypatch.setattr(dispatch, "measure", None)
+
+    class Device:
+        type = "cuda"
+
+    assert dispatch.choose(SHAPE, Device(), "auto", cache) == first
+
+
+def test_a_damaged_cache_is_measured_again(use, as_gpu, tmp_path):
+    use(Reference())
+    cache = tmp_path / "cache.json"
+    cache.write_text("{")
+    with pytest.warns(UserWarning, match="not readable; measuring again"):
+        as_gpu(SHAPE, cache=cache)
+    assert json.loads(cache.read_text())
+
+
+def test_the_table(use, as_gpu):
+    use(Slow(), Failing())
+    plan, rows = as_gpu(SHAPE)
+    text = table(SHAPE, plan, rows)
+    assert text.splitlines()[0] == "32x48, 64 tokens, float32"
+    assert "* forward         dense" in text
+    assert "no such algorithm" in text
+    assert "x dense" in text
+
+
+@pytest.mark.parametrize("leading", [(64,), (4, 16)])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_packed_layer_computes_what_a_dense_one_does(use, leading, compiled):
+    """Values and gradients, eager and compiled without a graph break, in each mixture of backends."""
+    use(Reference())
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, 48, generator=generator)
+    mask = transposable_mask(weight)
+    bias = torch.randn(32, generator=generator)
+    dense = weight * mask
+    (operand, operand_t) = backends.BACKENDS["reference"].pack_weight(weight, mask, torch.float32, True, True)
+    key = MvueKey(1, torch.tensor(2), torch.tensor([3, 0]))
+    mixtures = [
+        dense,
+        SparseWeight(Operand("reference:a", operand), Operand("reference:b", operand_t), "reference:a"),
+        SparseWeight(Operand("dense", [dense]), Operand("reference", operand_t), "dense"),
+        SparseWeight(Operand("reference", operand), Operand("dense", [dense.t()]), "reference"),
+    ]
+    torch._dynamo.reset()
+    function = torch.compile(sparse_linear, fullgraph=True, backend="aot_eager") if compiled else sparse_linear
+    results = []
+    for sparse in mixtures:
+        x = torch.randn(*leading, 48, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        w, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+        y = function(x, w, sparse, b, key)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad, w.grad, b.grad))
+    for other in results[1:]:
+        for found, expected in zip(other, results[0], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_only_operands_are_saved_for_backward(use):
+    use(Reference())
+    weight = torch.randn(32, 48).requires_grad_()
+    mask = transposable_mask(weight)
+    operand, operand_t = backends.BACKENDS["reference"].pack_weight(weight.detach(), mask, torch.float32, True, True)
+    sparse = SparseWeight(Operand("reference", operand), Operand("reference", operand_t), "dense")
+    x, saved = torch.randn(64, 48).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        sparse_linear(x, weight, sparse)
+    assert {t.data_ptr() for t in saved} == {x.data_ptr(), *(t.data_ptr() for t in operand_t)}
+
+
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass", "gluon", "triton"])
+def test_backends_say_why_they_cannot(name):
+    able, reason = backends.BACKENDS[name].supports(SHAPE.product(FORWARD), CPU)
+    assert not able
+    assert reason == "needs a CUDA device"
+
+
+def test_the_operators_are_well_formed(use):
+    """Schemas, fake implementations and aliasing, as PyTorch's own checker sees them."""
+    use(Reference())
+    weight = torch.randn(32, 48)
+    operand, _ = backends.BACKENDS["reference"].pack_weight(
+        weight, transposable_mask(weight), torch.float32, True, False
+    )
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        ops._linear, ("reference", operand, torch.randn(64, 48), torch.randn(32), 32), test_utils=tests
+    )
+    position = torch.tensor([1, 0, 0])
+    args = ("reference", torch.randn(64, 32), torch.randn(64, 48), 0, position)
+    torch.library.opcheck(ops._weight_gradient, args, test_utils=tests)
