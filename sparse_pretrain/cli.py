@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": Command(config.GenerateConfig, "text from a checkpoint"),
     "report": Command(config.ReportConfig, "an HTML page of one or more runs"),
     "doctor": Command(config.DoctorConfig, "what this machine can do"),
+    "bench": Command(config.BenchConfig, "how fast 2:4 operators, layers and training steps are on this machine"),
 }
 # What `train` does without any option.
 DEFAULT_TRAIN = ["-m", "recipe=dense,ste,fst"]

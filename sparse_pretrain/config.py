@@ -216,7 +216,18 @@ class DoctorConfig:
     runs_dir: str = "runs"
 
 
+@dataclass
+class BenchConfig:
+    """How fast 2:4 operators, layers and training steps are here."""
+
+    part: list[str] = field(default_factory=list)  # empty = all but pretrain
+    minutes: float = 10.0
+    out: str = "benchmarks/results"
+    accelerator: str = "auto"
+
+
 CHOICES: dict[str, list[str]] = {
+    "part": ["ceilings", "products", "operators", "ffn", "step", "block", "pretrain"],
     "weights": ["auto", "dense", "sparse", "packed"],
     "split": ["train", "validation"],
     "accelerator": ["auto", "cpu", "gpu"],
@@ -287,6 +298,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "max_new_tokens": (1, None),
     "temperature": (0, None),
     "top_k": (1, None),
+    "minutes": (0.1, None),
 }
 
 C = TypeVar("C")

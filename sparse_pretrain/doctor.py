@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from sparse24.backends import BACKENDS
+from sparse24.backends.base import KINDS, Product
 
 from sparse_pretrain.config import DoctorConfig
 from sparse_pretrain.hardware import device_name, peak_tflops
@@ -19,7 +21,7 @@ from sparse_pretrain.paths import cache_dir
 def run(cfg: DoctorConfig) -> None:
     """Prints one line per fact; never fails for what is missing."""
     for name, fact in facts(Path(cfg.runs_dir).expanduser().resolve()):
-        print(f"{name:16}{fact}")
+        print(f"{name:20}{fact}")
 
 
 def facts(runs_dir: Path) -> list[tuple[str, str]]:
@@ -44,12 +46,25 @@ def facts(runs_dir: Path) -> list[tuple[str, str]]:
         )
     compiler = shutil.which("g++") or shutil.which("clang++")
     rows += [
-        ("backends", "dense only: 2:4 products run as dense ones on masked weights, no faster than dense"),
+        *backends(device, dtype),
         ("W&B", _wandb()),
         ("compile", compiler or "no C++ compiler: trainer.compile=true will fail on a CPU"),
         ("cache", f"{cache_dir()} ({_free(cache_dir())} free)"),
         ("runs", f"{runs_dir} ({_free(runs_dir)} free)"),
     ]
+    return rows
+
+
+def backends(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str]]:
+    """For each backend, which products of a GPT-2 1.5B FFN layer it can compute here, or why none."""
+    rows = []
+    for name, backend in BACKENDS.items():
+        able, reasons = [], []
+        for kind in KINDS:
+            yes, reason = backend.supports(Product(kind, 8192, 6400, 1600, dtype), device)
+            able += [kind.replace("_", " ")] if yes else []
+            reasons += [reason] if not yes else []
+        rows.append((f"backend {name}", ", ".join(able) or reasons[0]))
     return rows
 
 

@@ -33,7 +33,8 @@ ALLOWED = {
     "evaluate": ["config", "errors", "runs", "hardware", "data", "evaluation", "sparsity", "tasks"],
     "generate": ["config", "hardware", "data", "tasks"],
     "report": ["config", "errors", "runs", "reporting"],
-    "doctor": ["config", "hardware", "loggers", "paths"],
+    "doctor": ["config", "hardware", "loggers", "paths", "sparse24"],
+    "bench": ["config", "errors", "hardware", "paths"],
     "cli": ["config", "errors", "paths", "preflight"],
 }
 NEVER_IN_SPARSE24 = ("lightning", "hydra", "omegaconf", "transformers", "sparse_pretrain")

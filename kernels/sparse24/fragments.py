@@ -85,14 +85,14 @@ def to_fragments(packed: Packed) -> Fragments:
     word = values.contiguous().view(torch.int32)  # two values, or four of fp8
     if dtype in _16_BIT:
         # dimensions: tile, row half, g | tile, instruction, column half, t
-        word = word.reshape(tiles[0], 2, 8, tiles[1], 2, 2, 4).permute(0, 3, 4, 2, 6, 5, 1)
+        word = word.reshape(tiles[0], 2, 8, tiles[1], 2, 2, 4).permute(0, 3, 4, 2, 6, 5, 1).contiguous()
         # tile, row half, g | tile, t
-        index = metadata.reshape(tiles[0], 2, 8, tiles[1], 4).permute(0, 3, 2, 4, 1)
+        index = metadata.reshape(tiles[0], 2, 8, tiles[1], 4).permute(0, 3, 2, 4, 1).contiguous()
         word, index = word.reshape(*tiles, 2, 32, 4), index.reshape(*tiles, 32, 2)
         return Fragments(word, index.view(torch.int32).squeeze(-1), rows, cols, dtype)
-    word = word.reshape(tiles[0], 2, 8, tiles[1], 2, 4).permute(0, 3, 2, 5, 4, 1).reshape(*tiles, 32, 4)
+    word = word.reshape(tiles[0], 2, 8, tiles[1], 2, 4).permute(0, 3, 2, 5, 4, 1).contiguous()
     index = metadata.contiguous().view(torch.int32).reshape(tiles[0], 2, 8, tiles[1], 2).permute(0, 3, 2, 4, 1)
-    return Fragments(word, index.reshape(*tiles, 32), rows, cols, dtype)
+    return Fragments(word.reshape(*tiles, 32, 4), index.contiguous().reshape(*tiles, 32), rows, cols, dtype)
 
 
 def packed_output(
@@ -148,9 +148,9 @@ def from_fragments(fragments: Fragments) -> Packed:
             raise ValueError(f"{name} must be int32 of shape {shape}; found {tensor.dtype} of {tuple(tensor.shape)}")
     tiles = (rows // 16, cols // 64)
     if dtype in _16_BIT:
-        word = values.reshape(*tiles, 2, 8, 4, 2, 2).permute(0, 6, 3, 1, 2, 5, 4)
-        index = metadata.contiguous().view(torch.int16).reshape(*tiles, 8, 4, 2).permute(0, 4, 2, 1, 3)
+        word = values.reshape(*tiles, 2, 8, 4, 2, 2).permute(0, 6, 3, 1, 2, 5, 4).contiguous()
+        index = metadata.contiguous().view(torch.int16).reshape(*tiles, 8, 4, 2).permute(0, 4, 2, 1, 3).contiguous()
         return Packed(word.reshape(rows, -1).view(dtype), index.reshape(rows, cols // 16), cols)
-    word = values.reshape(*tiles, 8, 4, 2, 2).permute(0, 5, 2, 1, 4, 3).reshape(rows, -1)
-    index = metadata.reshape(*tiles, 8, 2, 2).permute(0, 4, 2, 1, 3).reshape(rows, -1)
+    word = values.reshape(*tiles, 8, 4, 2, 2).permute(0, 5, 2, 1, 4, 3).contiguous().reshape(rows, -1)
+    index = metadata.reshape(*tiles, 8, 2, 2).permute(0, 4, 2, 1, 3).contiguous().reshape(rows, -1)
     return Packed(word.view(dtype), index.view(torch.int16), cols)

@@ -47,9 +47,9 @@ def refresh_mask_(weight: Tensor, mask: Tensor, projection: str) -> Tensor:
 
         transposable_mask_(weight, mask, flips)
     else:
-        from sparse24.prune import magnitude_mask_
+        from sparse24.prune import update_mask
 
-        magnitude_mask_(weight, mask, flips)
+        update_mask(weight, mask, flips)
     return flips
 
 
@@ -97,7 +97,7 @@ def _linear(choice: str, operand: list[Tensor], x: Tensor, bias: Tensor | None, 
     from sparse24.backends import split_choice
 
     backend, variant = split_choice(choice)
-    return backend.linear(operand, x, bias, features, variant).contiguous()
+    return backend.linear(operand, x.contiguous(), bias, features, variant).contiguous()
 
 
 @_linear.register_fake
@@ -121,7 +121,7 @@ def _weight_gradient(choice: str, dy: Tensor, x: Tensor, seed: int, position: Te
     from sparse24.backends import split_choice
 
     backend, variant = split_choice(choice)
-    return backend.weight_gradient(dy, x, seed, position, variant).float()
+    return backend.weight_gradient(dy, x.contiguous(), seed, position, variant).float()
 
 
 @_weight_gradient.register_fake

@@ -118,7 +118,7 @@ def test_report_of_chosen_runs(trained, capsys, tmp_path):
 def test_doctor(capsys):
     run_cli("doctor")
     output = capsys.readouterr().out
-    for word in ("torch", "device", "backends", "W&B", "cache"):
+    for word in ("torch", "device", "backend gluon", "W&B", "cache"):
         assert word in output
 
 

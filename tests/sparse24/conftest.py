@@ -1,5 +1,17 @@
+import os
+
 import pytest
 import torch
+
+# Triton's kernels run in its interpreter where there is no GPU; it reads this when a kernel is defined
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def device():
+    """Where the kernels run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)

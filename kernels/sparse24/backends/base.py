@@ -82,11 +82,13 @@ class Backend(ABC):
 
     @abstractmethod
     def linear(self, operand: list[Tensor], x: Tensor, bias: Tensor | None, features: int, variant: str) -> Tensor:
-        """(tokens, k) times the transpose of an operand (features, k), plus bias (features,): (tokens, features)."""
+        """x (tokens, k), contiguous, times the transpose of an operand (features, k), plus bias (features,):
+        (tokens, features)."""
 
     @abstractmethod
     def weight_gradient(self, dy: Tensor, x: Tensor, seed: int, position: Tensor, variant: str) -> Tensor:
-        """mvue24(dY)ᵀ X: dy (tokens, out_features), x (tokens, in_features) -> (out_features, in_features).
+        """mvue24(dY)ᵀ X: dy (tokens, out_features) of any strides, x (tokens, in_features) contiguous ->
+        (out_features, in_features).
 
         seed and position ((3,) int64: step, first token, layer) say which random numbers prune dY.
         """

@@ -51,4 +51,4 @@ class CuSparseLt(Backend):
 
     def weight_gradient(self, dy: Tensor, x: Tensor, seed: int, position: Tensor, variant: str) -> Tensor:
         compressed = torch._cslt_compress(ops.mvue_prune(dy, seed, position).t().contiguous())
-        return torch._cslt_sparse_mm(compressed, x.contiguous(), alg_id=int(variant or 0))
+        return torch._cslt_sparse_mm(compressed, x, alg_id=int(variant or 0))

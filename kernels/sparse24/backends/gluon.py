@@ -22,11 +22,9 @@ class Gluon(Backend):
             return False, "packing needs triton, which is not installed"
         from sparse24 import matmul
 
-        if product.kind != WEIGHT_GRADIENT and (product.m % 128 or product.k % 128):
-            return False, f"needs features in multiples of 128, found {product.out_features}, {product.in_features}"
-        return matmul.supports(
-            _form(product), product.m, product.n, -(-product.k // 64) * 64, product.dtype, _capability(device)
-        )
+        # the tokens of dW are padded with zeros, at no cost; a weight's dimensions are what they are
+        k = -(-product.k // 64) * 64 if product.kind == WEIGHT_GRADIENT else product.k
+        return matmul.supports(_form(product), product.m, product.n, k, product.dtype, _capability(device))
 
     def variants(self, product: Product, device: torch.device) -> list[str]:
         from sparse24 import matmul
@@ -40,7 +38,7 @@ class Gluon(Backend):
         from sparse24.transposable import pack_both
 
         if forward and transpose:
-            packed, packed_t = pack_both(weight, mask, dtype, fragments=True)
+            packed, packed_t = pack_both(weight, "mask", dtype, mask=mask, fragments=True)
             return [packed.values, packed.metadata], [packed_t.values, packed_t.metadata]
         one = weight, mask
         if transpose:
@@ -53,14 +51,15 @@ class Gluon(Backend):
         from sparse24 import matmul
 
         fragments = Fragments(operand[0], operand[1], features, x.shape[1], x.dtype)
-        return matmul.linear(fragments, x.contiguous(), bias, variant=variant or None)
+        return matmul.linear(fragments, x, bias, variant=variant or None)
 
     def weight_gradient(self, dy: Tensor, x: Tensor, seed: int, position: Tensor, variant: str) -> Tensor:
         from sparse24 import matmul
         from sparse24.mvue import mvue_pack
 
         packed = mvue_pack(dy, seed, position, x.dtype, fragments=True)
-        return matmul.outer(packed, x.contiguous(), variant=variant or None)
+        assert isinstance(packed, Fragments)
+        return matmul.outer(packed, x, variant=variant or None)
 
 
 def _form(product: Product) -> str:

@@ -37,7 +37,7 @@ class Triton(Backend):
         from sparse24.transposable import pack_both
 
         if forward and transpose:
-            packed, packed_t = pack_both(weight, mask, dtype)
+            packed, packed_t = pack_both(weight, "mask", dtype, mask=mask)
             return [packed.values, packed.metadata], [packed_t.values, packed_t.metadata]
         one = (weight.t(), mask.t()) if transpose else (weight, mask)
         packed = prune_pack(one[0], "mask", dtype, mask=one[1])

@@ -1,0 +1,160 @@
+"""What each backend packs and calls: ours in Triton's interpreter, PyTorch's operators through stand-ins."""
+
+import pytest
+import torch
+from sparse24 import ops
+from sparse24.backends import BACKENDS, cutlass, split_choice
+from sparse24.backends.base import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Product
+from sparse24.fragments import Fragments, from_fragments
+from sparse24.packing import Packed, pack, unpack
+from sparse24.reference import mvue24, transposable_mask, uniform24
+
+POSITION = torch.tensor([3, 8, 2])
+
+
+def weight_and_mask(rows, cols):
+    weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(0))
+    return weight, transposable_mask(weight)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if there were a GPU of this compute capability, with cuSPARSELt."""
+
+    def pretend(major, minor):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
+        monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+        return torch.device("cuda", 0)
+
+    return pretend
+
+
+def test_choices_name_a_backend_and_a_variant():
+    assert split_choice("dense") == (BACKENDS["dense"], "")
+    assert split_choice("cusparselt:3") == (BACKENDS["cusparselt"], "3")
+
+
+@pytest.mark.parametrize("directions", [(True, False), (False, True), (True, True)])
+def test_gluon_packs_fragments(directions):
+    pytest.importorskip("triton")
+    weight, mask = weight_and_mask(128, 192)
+    expected = weight.half() * mask
+    operands = BACKENDS["gluon"].pack_weight(weight, mask, torch.float16, *directions)
+    for wanted, tensors, matrix in zip(directions, operands, (expected, expected.t()), strict=True):
+        if not wanted:
+            assert tensors == []
+            continue
+        fragments = Fragments(*tensors, *matrix.shape, torch.float16)
+        assert torch.equal(unpack(from_fragments(fragments)), matrix)
+
+
+@pytest.mark.parametrize("directions", [(True, False), (False, True), (True, True)])
+def test_triton_multiplies_what_it_packs(directions):
+    pytest.importorskip("triton")
+    weight, mask = weight_and_mask(64, 48)
+    backend = BACKENDS["triton"]
+    operands = backend.pack_weight(weight, mask, torch.float16, *directions)
+    matrix = (weight.half() * mask).float()
+    for wanted, tensors, dense in zip(directions, operands, (matrix, matrix.t()), strict=True):
+        if wanted:
+            x = torch.randn(5, dense.shape[1]).half()
+            bias = torch.randn(dense.shape[0]).half()
+            y = backend.linear(tensors, x, bias, dense.shape[0], "")
+            torch.testing.assert_close(y.float(), x.float() @ dense.t() + bias.float(), rtol=2e-3, atol=2e-3)
+
+
+def test_what_gluon_serves(gpu):
+    pytest.importorskip("triton")
+    hopper = gpu(9, 0)
+    backend = BACKENDS["gluon"]
+    for kind in (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT):
+        product = Product(kind, 1000, 1024, 512, torch.bfloat16)
+        assert backend.supports(product, hopper) == (True, "")
+        assert all("wgmma" in name for name in backend.variants(product, hopper))
+    able, reason = backend.supports(Product(FORWARD, 1000, 1000, 512, torch.bfloat16), hopper)
+    assert not able
+    assert "m in multiples of 128" in reason
+    assert not backend.supports(Product(FORWARD, 1000, 1024, 512, torch.float32), hopper)[0]
+    ada = gpu(8, 9)
+    assert all("mma_sp" in name for name in backend.variants(Product(FORWARD, 64, 128, 128, torch.float16), ada))
+    assert not backend.supports(Product(FORWARD, 64, 128, 128, torch.float16), gpu(7, 5))[0]
+
+
+def test_what_the_libraries_serve(gpu):
+    product = Product(FORWARD, 64, 128, 128, torch.bfloat16)
+    assert BACKENDS["cusparselt"].supports(product, gpu(9, 0)) == (True, "")
+    assert BACKENDS["cutlass"].supports(product, gpu(8, 0)) == (True, "")
+    assert (
+        BACKENDS["cutlass"].supports(product, gpu(9, 0))[1] == "PyTorch's CUTLASS operators run on sm_80 to sm_89 only"
+    )
+    odd = Product(FORWARD, 64, 24, 128, torch.bfloat16)
+    for name in ("cusparselt", "cutlass"):
+        able, reason = BACKENDS[name].supports(odd, gpu(8, 0))
+        assert not able
+        assert "found 24, 128, 64" in reason
+        assert "float32" in BACKENDS[name].supports(Product(FORWARD, 64, 128, 128, torch.float32), gpu(8, 0))[1]
+
+
+def test_cusparselt_by_its_documented_semantics(monkeypatch):
+    """(m, k) compressed times dense_B (k, n); `transpose_result` gives (n, m); the bias is along m."""
+
+    def compress(matrix):
+        assert matrix.is_contiguous()
+        return pack(matrix).values, pack(matrix).metadata, matrix.shape[1]
+
+    def sparse_mm(compressed, dense, bias=None, transpose_result=False, alg_id=0):
+        assert dense.is_contiguous() or dense.t().is_contiguous()  # it tells only these two layouts apart
+        result = unpack(Packed(*compressed)) @ dense
+        result = result if bias is None else result + bias[:, None]
+        calls.append(alg_id)
+        return result.t() if transpose_result else result
+
+    calls = []
+    monkeypatch.setattr(torch, "_cslt_compress", compress)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", sparse_mm)
+    _check_library("cusparselt", "7")
+    assert set(calls) == {7}
+
+
+def test_cutlass_by_its_documented_semantics(monkeypatch):
+    def tile(matrix, algorithm, use_cutlass):
+        packed, packed_t = pack(matrix), pack(matrix.t())
+        return *packed[:2], *packed_t[:2], None
+
+    def mm(values, metadata, dense):
+        return unpack(Packed(values, metadata, dense.shape[0])) @ dense
+
+    monkeypatch.setattr(torch, "_sparse_semi_structured_tile", tile)
+    monkeypatch.setattr(torch, "_sparse_semi_structured_mm", mm)
+    monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", lambda b, v, m, d: mm(v, m, d) + b[:, None])
+    monkeypatch.setattr(cutlass, "sparse_semi_structured_from_dense_cutlass", lambda dense: pack(dense)[:2])
+    _check_library("cutlass", "", weight_gradient=False)
+
+
+def _check_library(name, variant, weight_gradient=True):
+    backend = BACKENDS[name]
+    weight, mask = weight_and_mask(64, 128)
+    sparse = weight * mask
+    x, dy, bias = torch.randn(32, 128), torch.randn(32, 64), torch.randn(64)
+    for transpose in (False, True):
+        operand, operand_t = backend.pack_weight(weight, mask, torch.float32, True, transpose)
+        torch.testing.assert_close(backend.linear(operand, x, bias, 64, variant), x @ sparse.t() + bias)
+        torch.testing.assert_close(backend.linear(operand, x, None, 64, variant), x @ sparse.t())
+    torch.testing.assert_close(backend.linear(operand_t, dy, None, 128, variant), dy @ sparse)
+    if weight_gradient:
+        pruned = mvue24(dy, uniform24(1, 3, 2, 32, 64, 8))
+        found = backend.weight_gradient(dy, x, 1, POSITION, variant)
+        torch.testing.assert_close(found, pruned.t() @ x)
+
+
+def test_the_pruned_gradient_of_the_operator_is_that_of_the_reference():
+    dy = torch.randn(36, 12)
+    assert torch.equal(ops.mvue_prune(dy, 1, POSITION), mvue24(dy, uniform24(1, 3, 2, 36, 12, 8)))
+
+
+def test_masks_are_refreshed_in_place():
+    weight, mask = torch.randn(8, 8), torch.zeros(8, 8, dtype=torch.bool)
+    assert int(ops.refresh_mask_(weight, mask, "transposable")) == 32
+    assert torch.equal(mask, transposable_mask(weight))
+    assert int(ops.refresh_mask_(weight, mask, "transposable")) == 0
+    assert ops.masked_weight(weight.t(), mask.t(), torch.bfloat16).t().is_contiguous()
