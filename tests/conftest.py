@@ -7,6 +7,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models run fastest so; before torch is imported
 
 import pytest
+import torch
+
+# Triton's kernels run in its interpreter where there is no GPU; it reads this when a kernel is defined
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from sparse_pretrain.config import (
     DataConfig,

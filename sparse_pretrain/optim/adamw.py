@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from sparse24.ops import use_kernels
 from torch import Tensor, nn
 
 
@@ -32,7 +33,7 @@ class MaskedDecay:
 
 
 class AdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW`, fused, plus masked decay.
+    """`torch.optim.AdamW`, fused, plus masked decay: on a GPU in one pass, elsewhere beside torch's own.
 
     As torch's own fused optimizers do, it leaves everything untouched when the tensor `found_inf` (0-dim fp32) is set
     to 1: a step is dropped without waiting for the device.
@@ -44,6 +45,7 @@ class AdamW(torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
         self.decay = decay or MaskedDecay()
         self.found_inf: Tensor | None = None
+        self._tables: dict[int, Any] = {}  # group -> addresses of its tensors
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -52,6 +54,9 @@ class AdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         place = self.decay.place if self.decay.factor > 0 else "none"
+        if use_kernels(self.param_groups[0]["params"][0]):
+            self._step_in_one_pass(place)
+            return loss
         if place == "gradient":
             for weight, mask, grad, _ in self._masked():
                 grad.add_(self.decay.term(weight, mask))
@@ -64,6 +69,38 @@ class AdamW(torch.optim.AdamW):
                 weight.sub_(self.decay.term(weight, mask).mul_(group["lr"] * self._live()))
         super().step()
         return loss
+
+    def _step_in_one_pass(self, place: str) -> None:
+        from sparse24.optim import TensorTable, adamw_step
+
+        for index, group in enumerate(self.param_groups):
+            params = [p for p in group["params"] if p.grad is not None]
+            states = [self._state_of(p) for p in params]
+            adamw_step(
+                params,
+                [p.grad for p in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [state["step"] for state in states],
+                [self.decay.masks.get(p) for p in params],
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                decay_factor=self.decay.factor,
+                decay_place=place,
+                found_inf=self.found_inf,
+                table=self._tables.setdefault(index, TensorTable()),
+            )
+
+    def _state_of(self, weight: nn.Parameter) -> dict[str, Tensor]:
+        """The same entries as torch's own, so that checkpoints do not depend on who steps."""
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+            state["exp_avg"] = torch.zeros_like(weight)
+            state["exp_avg_sq"] = torch.zeros_like(weight)
+        return state
 
     def _masked(self) -> list[tuple[nn.Parameter, Tensor, Tensor, dict[str, Any]]]:
         return [
@@ -81,11 +118,7 @@ class AdamW(torch.optim.AdamW):
         self, weight: nn.Parameter, mask: Tensor, grad: Tensor, group: dict[str, Any]
     ) -> None:
         """m ← β₁m + (1−β₁)g;  u = m + λ(1−M)⊙W;  v ← β₂v + (1−β₂)u²;  W ← W − lr·(u/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + ε)."""
-        state = self.state[weight]
-        if not state:  # the same entries as torch's own, so that checkpoints do not depend on the place
-            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
-            state["exp_avg"] = torch.zeros_like(weight)
-            state["exp_avg_sq"] = torch.zeros_like(weight)
+        state = self._state_of(weight)
         live = torch.as_tensor(self._live(), device=weight.device)
         beta1, beta2 = group["betas"]
         step = state["step"] + 1

@@ -4,9 +4,18 @@ import pytest
 import torch
 from torch import nn
 
+from sparse_pretrain.optim import adamw
 from sparse_pretrain.optim.adamw import AdamW, MaskedDecay, parameter_groups
 
 LR, BETAS, EPS, WEIGHT_DECAY, FACTOR = 1e-2, (0.9, 0.95), 1e-8, 0.1, 0.3
+
+
+@pytest.fixture(autouse=True, params=["torch", "kernel"])
+def who_steps(request, monkeypatch):
+    """torch's own AdamW with the decay beside it, or the kernel that a GPU gets, here in Triton's interpreter."""
+    if request.param == "kernel":
+        pytest.importorskip("triton")
+        monkeypatch.setattr(adamw, "use_kernels", lambda tensor: True)
 
 
 def published_update(w, m, v, t, grad, mask, place):

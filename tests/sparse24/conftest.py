@@ -1,11 +1,5 @@
-import os
-
 import pytest
 import torch
-
-# Triton's kernels run in its interpreter where there is no GPU; it reads this when a kernel is defined
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from sparse24 import backends, dispatch
+from sparse24 import backends, dispatch, ops
 from sparse24.dispatch import Plan
 
 from sparse_pretrain import runs, train
 from sparse_pretrain.errors import UserError
+from sparse_pretrain.optim import adamw
 from sparse_pretrain.sparsity.linear import SparseLinear
 from sparse_pretrain.tasks import products
 from tests.sparse24.reference_backend import Reference
@@ -112,3 +113,16 @@ def test_a_packed_layer_projects_into_the_same_memory(pretend):
     assert torch.equal(layer.dense_layer().weight, layer.weight * layer.mask)
     layer.go_dense()
     assert not layer.is_sparse
+
+
+def test_training_with_the_gpu_kernels_is_the_same_training(tiny, monkeypatch):
+    """Masks, MVUE and AdamW by the Triton kernels, in the interpreter, through a whole run."""
+    pytest.importorskip("triton")
+    changes = {"trainer__steps": 6, "recipe__schedule__refresh_every": 2}
+    expected = train.run(tiny("fst", "reference", **changes))
+    monkeypatch.setattr(ops, "use_kernels", lambda tensor: True)
+    monkeypatch.setattr(adamw, "use_kernels", lambda tensor: True)
+    found = train.run(tiny("fst", "kernels", **changes))
+    assert losses(found) == pytest.approx(losses(expected), abs=1e-5)
+    a, b = (runs.read_rows(run_dir / runs.METRICS_FILE) for run_dir in (expected, found))
+    assert [row["sparsity/flip_rate"] for row in a] == [row["sparsity/flip_rate"] for row in b]
