@@ -66,7 +66,7 @@ def pack(weight: Tensor, mask: Tensor | None = None) -> Packed:
         empty = torch.tensor([0, 1], dtype=torch.int32, device=weight.device).expand(rows, missing, 2)
         position = torch.cat([position, empty], dim=1)
     shift = 2 * torch.arange(8, dtype=torch.int32, device=weight.device)
-    word = (position.reshape(rows, -1, 8) << shift).sum(dim=2)
+    word = (position.reshape(rows, -(-cols // 16), 8) << shift).sum(dim=2)
     return Packed(values, (word - ((word & 0x8000) << 1)).to(torch.int16), cols)
 
 

@@ -115,7 +115,9 @@ def make_run(tmp_path):
                 "device": device,
                 "sparse_products": {
                     "measured_on": {},
-                    "plans": {n: ["dense" if device.startswith("CPU") else "gluon:x", "dense", "dense"] for n in LAYERS},
+                    "plans": {
+                        n: ["dense" if device.startswith("CPU") else "gluon:x", "dense", "dense"] for n in LAYERS
+                    },
                     "table": "" if device.startswith("CPU") else "512x128, 8192 tokens <bf16>",
                 },
                 "precision": "float32",

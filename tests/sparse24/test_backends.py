@@ -49,8 +49,7 @@ def test_gluon_packs_fragments(directions):
 
 
 @pytest.mark.parametrize("directions", [(True, False), (False, True), (True, True)])
-def test_triton_multiplies_what_it_packs(directions):
-    pytest.importorskip("triton")
+def test_triton_multiplies_what_it_packs(directions, runtime_loops):
     weight, mask = weight_and_mask(64, 48)
     backend = BACKENDS["triton"]
     operands = backend.pack_weight(weight, mask, torch.float16, *directions)

@@ -43,7 +43,7 @@ SHAPES = [(1, 64, 128), (3, 65, 4), (17, 130, 140), (40, 70, 268), (130, 64, 64)
 
 @pytest.mark.parametrize("dtype", [FP32, FP16] + [BF16] * ON_GPU)  # Triton's interpreter is wrong on dots of bf16
 @pytest.mark.parametrize("shape", SHAPES)
-def test_against_the_dense_product(shape, dtype, device):
+def test_against_the_dense_product(shape, dtype, device, runtime_loops):
     n, m, k = shape
     x, packed, bias = problem(n, m, k, dtype, device)
     out = torch.full((n, m), torch.nan, dtype=dtype, device=device)
@@ -54,7 +54,7 @@ def test_against_the_dense_product(shape, dtype, device):
 
 @pytest.mark.parametrize("dtype", [FP32, FP16])
 @pytest.mark.parametrize("splits", [2, 3])
-def test_k_in_parts(splits, dtype, device):
+def test_k_in_parts(splits, dtype, device, runtime_loops):
     x, packed, bias = problem(5, 70, 3 * 128 - 20, dtype, device)
     first = torch.full((5, 70), torch.nan, dtype=dtype, device=device)
     decompress._launch(x, packed, bias, first, splits)
@@ -64,7 +64,7 @@ def test_k_in_parts(splits, dtype, device):
     assert torch.equal(first, again)
 
 
-def test_every_pattern_and_place(device):
+def test_every_pattern_and_place(device, runtime_loops):
     # each of the six pairs of places, each value at a place of its own
     rows = torch.tensor(
         [
@@ -78,7 +78,7 @@ def test_every_pattern_and_place(device):
     assert torch.equal(decompress_linear(x, pack(weight, rows.repeat(1, 16).to(device))), weight.t())
 
 
-def test_rows_of_x_may_have_gaps(device):
+def test_rows_of_x_may_have_gaps(device, runtime_loops):
     x, packed, bias = problem(6, 32, 64, FP16, device)
     wide = torch.full((6, 100), torch.nan, dtype=FP16, device=device)
     wide[:, 7:71] = x
