@@ -1,4 +1,4 @@
-"""Every operator against the floor that its bytes or operations set, and against PyTorch's own where there is one."""
+"""Operators on weights, activations and gradients, against the floor that their bytes set and PyTorch's own."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sparse24 import reference
-from sparse24.backends.base import FORWARD, WEIGHT_GRADIENT
-from sparse24.fragments import Fragments, from_fragments, to_fragments
+from sparse24.fragments import Fragments, from_fragments
 from sparse24.packing import Packed, unpack
 from torch import Tensor
 
 from benchmarks import shapes
-from benchmarks.bench import TOLERANCE, Arm, Bench, Case, Unavailable, exact, free, relative_error
-from benchmarks.products import kernels, random_mask
+from benchmarks.bench import TOLERANCE, Arm, Bench, Case, exact, free, relative_error
+from benchmarks.products import random_mask
 from benchmarks.timing import Call, sets_needed
 
 PART = "operators"
@@ -32,37 +31,27 @@ def cases(device: torch.device, rehearse: bool) -> list[Case]:
     if device.type != "cuda" and not rehearse:
         return []  # kernels are for GPUs
     weights, hidden, grads = list(WEIGHTS), list(HIDDEN), [(TOKENS, features) for features in FEATURES]
-    tokens, few = TOKENS, shapes.FEW_TOKENS
     if rehearse:
-        weights, hidden, grads, tokens, few = [(128, 256)], [(16, 64)], [(64, 128)], 128, (16,)
+        weights, hidden, grads = [(128, 256)], [(16, 64)], [(64, 128)]
     found = []
     for i in range(len(weights)):
         found += [
-            _case("prune by magnitude and pack", _prune_pack, *weights[i]),
-            _case("transposable search and packing both ways", _transposable, *weights[i]),
-            _case("packing both ways under a mask", _pack_both, *weights[i]),
-            _case("MVUE of dY and packing", _mvue, *grads[i]),
-            _case("soft threshold and packing", _soft_threshold, *weights[i]),
-            _case("refresh of a mask", _refresh, *weights[i]),
-            _case("AdamW with masked decay", _adamw, *weights[i]),
-            _case("activations, forward", _activations, *hidden[i]),
-            _case("activations, backward", _activation_gradients, *hidden[i]),
-            _case("squared ReLU pruned to 2:4", _relu2, *hidden[i]),
-            _case("fp8 scaling with amax", _fp8, *hidden[i]),
+            make_case("prune by magnitude and pack", _prune_pack, *weights[i]),
+            make_case("transposable search and packing both ways", _transposable, *weights[i]),
+            make_case("packing both ways under a mask", _pack_both, *weights[i]),
+            make_case("MVUE of dY and packing", _mvue, *grads[i]),
+            make_case("soft threshold and packing", _soft_threshold, *weights[i]),
+            make_case("refresh of a mask", _refresh, *weights[i]),
+            make_case("AdamW with masked decay", _adamw, *weights[i]),
+            make_case("activations, forward", _activations, *hidden[i]),
+            make_case("activations, backward", _activation_gradients, *hidden[i]),
+            make_case("squared ReLU pruned to 2:4", _relu2, *hidden[i]),
+            make_case("fp8 scaling with amax", _fp8, *hidden[i]),
         ]
-    rows, cols = weights[0]
-    found += [_case(f"GEMM for {n} tokens, decompressing", _decompress, rows, cols, n) for n in few]
-    if device.type == "cuda":
-        found += [
-            _case(f"sparse GEMMs, linear, {dtype}", _linear, rows, cols, tokens, dtype, seconds=12)
-            for dtype in ("bfloat16", "float8_e4m3fn", "float16")
-        ]
-        found += [_case("sparse GEMMs, outer, bfloat16", _outer, rows, cols, tokens, seconds=12)]
-        found += [_case("cuSPARSELt, every algorithm", _algorithms, rows, cols, tokens, seconds=20)]
     return found
 
 
-def _case(title: str, run: Callable[..., None], rows: int, cols: int, *more: object, seconds: float = 6) -> Case:
+def make_case(title: str, run: Callable[..., None], rows: int, cols: int, *more: object, seconds: float = 6) -> Case:
     name = f"{title}, {rows}x{cols}"
     return Case(PART, name, lambda bench: run(bench, name, rows, cols, *more), seconds)
 
@@ -85,7 +74,7 @@ def _as_matrix(packed: Packed | Fragments) -> Tensor:
     return unpack(from_fragments(packed) if isinstance(packed, Fragments) else packed)
 
 
-def _timed(bench: Bench, case: str, arms: list[Arm], baseline: str, sets: int) -> None:
+def timed(bench: Bench, case: str, arms: list[Arm], baseline: str, sets: int) -> None:
     bench.compare(PART, case, arms, baseline, sets)
     free(bench.device)
 
@@ -126,7 +115,7 @@ def _prune_pack(bench: Bench, case: str, rows: int, cols: int) -> None:
         return Arm(name, make, check, 0.0, bytes=inputs.size * (4 + PACKED))
 
     peer = _peer_compress(inputs)
-    _timed(bench, case, [peer, arm("row-major", False), arm("fragment order", True)], peer.name, inputs.sets)
+    timed(bench, case, [peer, arm("row-major", False), arm("fragment order", True)], peer.name, inputs.sets)
 
 
 def _transposable(bench: Bench, case: str, rows: int, cols: int) -> None:
@@ -151,7 +140,7 @@ def _transposable(bench: Bench, case: str, rows: int, cols: int) -> None:
 
     cutlass, cusparselt = _peer_tile(inputs, "CUTLASS", True), _peer_tile(inputs, "cuSPARSELt", False)
     arms = [cutlass, cusparselt, arm("row-major", False), arm("fragment order", True)]
-    _timed(bench, case, arms, cutlass.name, inputs.sets)
+    timed(bench, case, arms, cutlass.name, inputs.sets)
 
 
 def _pack_both(bench: Bench, case: str, rows: int, cols: int) -> None:
@@ -180,7 +169,7 @@ def _pack_both(bench: Bench, case: str, rows: int, cols: int) -> None:
 
     peer = Arm("torch mask, transpose, two _cslt_compress", library, bytes=inputs.size * (5 + 2 * PACKED), ours=False)
     arms = [peer, Arm("fragment order", ours, check, 0.0, bytes=inputs.size * (5 + 2 * PACKED))]
-    _timed(bench, case, arms, peer.name, inputs.sets)
+    timed(bench, case, arms, peer.name, inputs.sets)
 
 
 def _soft_threshold(bench: Bench, case: str, rows: int, cols: int) -> None:
@@ -195,7 +184,7 @@ def _soft_threshold(bench: Bench, case: str, rows: int, cols: int) -> None:
 
     check = lambda call: relative_error(_as_matrix(call(0)), expected)  # noqa: E731
     arm = Arm("row-major", make, check, TOLERANCE[inputs.dtype], bytes=inputs.size * (4 + PACKED))
-    _timed(bench, case, [arm], "", inputs.sets)
+    timed(bench, case, [arm], "", inputs.sets)
 
 
 def _refresh(bench: Bench, case: str, rows: int, cols: int) -> None:
@@ -227,7 +216,7 @@ def _refresh(bench: Bench, case: str, rows: int, cols: int) -> None:
         arm("magnitude, counting flips", "prune", "update_mask", reference.magnitude_mask),
         arm("transposable, counting flips", "transposable", "transposable_mask_", reference.transposable_mask),
     ]
-    _timed(bench, case, arms, "", inputs.sets)
+    timed(bench, case, arms, "", inputs.sets)
 
 
 def _adamw(bench: Bench, case: str, rows: int, cols: int) -> None:
@@ -287,7 +276,7 @@ def _adamw(bench: Bench, case: str, rows: int, cols: int) -> None:
     arms = [plain]
     for place in ("gradient", "weight"):
         arms.append(Arm(f"decay in {place}", partial(make, place), partial(check, place), 1e-6, bytes=size * 29.0))
-    _timed(bench, case, arms, plain.name, 2)
+    timed(bench, case, arms, plain.name, 2)
 
 
 # --- activations and their gradients ---
@@ -322,7 +311,7 @@ def _mvue(bench: Bench, case: str, rows: int, cols: int) -> None:
         arm("packed transpose, row-major", False),
         arm("dense", None),
     ]
-    _timed(bench, case, arms, "", sets)
+    timed(bench, case, arms, "", sets)
 
 
 def _inputs(bench: Bench, rows: int, cols: int, count: int) -> tuple[list[list[Tensor]], int]:
@@ -371,7 +360,7 @@ def _activations(bench: Bench, case: str, rows: int, cols: int) -> None:
     for kind in KINDS:
         bytes = gated if kind in GATED else plain
         arms.append(Arm(kind, partial(make, kind), partial(check, kind), TOLERANCE[torch.bfloat16], bytes=bytes))
-    _timed(bench, case, arms, arms[0].name, sets)
+    timed(bench, case, arms, arms[0].name, sets)
 
 
 def _activation_gradients(bench: Bench, case: str, rows: int, cols: int) -> None:
@@ -403,7 +392,7 @@ def _activation_gradients(bench: Bench, case: str, rows: int, cols: int) -> None
     for kind in KINDS:
         bytes = gated if kind in GATED else plain
         arms.append(Arm(kind, partial(make, kind), partial(check, kind), TOLERANCE[torch.bfloat16], bytes=bytes))
-    _timed(bench, case, arms, arms[0].name, sets)
+    timed(bench, case, arms, arms[0].name, sets)
 
 
 def _relu2(bench: Bench, case: str, rows: int, cols: int) -> None:
@@ -432,7 +421,7 @@ def _relu2(bench: Bench, case: str, rows: int, cols: int) -> None:
         Arm("forward and packing", forward, check, tolerance, bytes=size * (2 + PACKED)),
         Arm("backward", backward, check_backward, tolerance, bytes=size * 6.0),
     ]
-    _timed(bench, case, arms, "", sets)
+    timed(bench, case, arms, "", sets)
 
 
 def _fp8(bench: Bench, case: str, rows: int, cols: int) -> None:
@@ -461,141 +450,4 @@ def _fp8(bench: Bench, case: str, rows: int, cols: int) -> None:
         Arm("e4m3", partial(make, False), check, 1e-3, bytes=size * 5.0),
         Arm("e4m3 and its transpose", partial(make, True), check, 1e-3, bytes=size * 6.0),
     ]
-    _timed(bench, case, arms, "torch, eager", sets)
-
-
-# --- products ---
-
-
-def _decompress(bench: Bench, case: str, rows: int, cols: int, tokens: int) -> None:
-    dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float16
-    sets = sets_needed(2 * rows * cols, bench.device)
-    weights = [bench.randn(rows, cols, dtype=dtype, seed=i, scale=cols**-0.5) for i in range(sets)]
-    mask = random_mask(rows, cols, bench.generator())
-    xs = [bench.randn(tokens, cols, dtype=dtype, seed=100 + i) for i in range(sets)]
-
-    def make() -> Call:
-        from sparse24.decompress import decompress_linear
-
-        packed = [reference.pack(weight, mask) for weight in weights]
-        return lambda i: decompress_linear(xs[i], packed[i])
-
-    def check(call: Call) -> float:
-        return relative_error(call(0), F.linear(xs[0], weights[0] * mask))
-
-    flop, other = 2.0 * rows * cols * tokens, 2.0 * tokens * (rows + cols)
-    arms = [
-        Arm(
-            "dense",
-            lambda: lambda i: F.linear(xs[i], weights[i]),
-            bytes=2.0 * rows * cols + other,
-            flop=flop,
-            ours=False,
-        ),
-        Arm("decompressing", make, check, TOLERANCE[dtype], bytes=PACKED * rows * cols + other, flop=flop),
-    ]
-    _timed(bench, case, arms, "dense", sets)
-
-
-def _linear(bench: Bench, case: str, rows: int, cols: int, tokens: int, dtype_name: str) -> None:
-    """Every kernel of `matmul.linear` for this dtype; the shape is large enough that no cache holds it."""
-    dtype = getattr(torch, dtype_name)
-    fp8 = dtype == torch.float8_e4m3fn
-    mask = random_mask(rows, cols, bench.generator())
-    weight = bench.randn(rows, cols, dtype=torch.float32, scale=cols**-0.5 * (16 if fp8 else 1)).to(dtype)
-    x = bench.randn(tokens, cols, dtype=torch.float32, seed=1).to(dtype)
-    one = torch.ones((), device=bench.device)
-    masked = (weight.float() * mask).to(dtype)
-
-    def dense(w: Tensor) -> Tensor:
-        if fp8:
-            return torch._scaled_mm(x, w.t(), one, one, out_dtype=torch.bfloat16)
-        return x @ w.t()
-
-    expected = dense(masked)
-
-    def make(variant: str) -> Call:
-        from sparse24 import matmul
-
-        # packing moves bits only, and reference.pack cannot index fp8
-        packed = reference.pack(weight.view(torch.uint8) if fp8 else weight, mask)
-        fragments = to_fragments(packed._replace(values=packed.values.view(dtype)))
-        scale = one if fp8 else None
-        return lambda _: matmul.linear(fragments, x, variant=variant, scale=scale)
-
-    size = dtype.itemsize
-    flop, other = 2.0 * rows * cols * tokens, float(size * tokens * cols + 2 * tokens * rows)
-    arms = [Arm("dense", lambda: lambda _: dense(weight), bytes=size * rows * cols + other, flop=flop, ours=False)]
-    for variant in _variants(bench, FORWARD, dtype):
-        check = lambda call: relative_error(call(0), expected)  # noqa: E731
-        bytes = size * rows * cols * (0.625 if fp8 else 0.5625) + other
-        # sums of fp8 products are held in fewer bits than fp32 has
-        tolerance = 3e-2 if fp8 else TOLERANCE[dtype]
-        blame = f"gluon//{variant}"
-        made = Arm(variant, partial(make, variant), check, tolerance, bytes=bytes, flop=flop / 2, blame=blame)
-        arms.append(made)
-    bench.compare(PART, case, arms, "dense", dtype=dtype)
-
-
-def _outer(bench: Bench, case: str, rows: int, cols: int, tokens: int) -> None:
-    """Every kernel of `matmul.outer`: dW of a layer (rows, cols), without pruning dY."""
-    dtype = torch.bfloat16
-    dy_t = bench.randn(rows, tokens, dtype=dtype)
-    x = bench.randn(tokens, cols, dtype=dtype, seed=1)
-    mask = random_mask(rows, tokens, bench.generator())
-    expected = (dy_t * mask) @ x
-
-    def make(variant: str) -> Call:
-        from sparse24 import matmul
-
-        fragments = to_fragments(reference.pack(dy_t, mask))
-        return lambda _: matmul.outer(fragments, x, variant=variant)
-
-    flop, other = 2.0 * rows * cols * tokens, 2.0 * tokens * cols
-    arms = [Arm("dense", lambda: lambda _: dy_t @ x, bytes=2.0 * rows * (tokens + cols) + other, flop=flop, ours=False)]
-    for variant in _variants(bench, WEIGHT_GRADIENT, dtype):
-        check = lambda call: relative_error(call(0), expected)  # noqa: E731
-        bytes = rows * (PACKED * tokens + 4.0 * cols) + other
-        blame = f"gluon//{variant}"
-        made = Arm(variant, partial(make, variant), check, TOLERANCE[dtype], bytes=bytes, flop=flop / 2, blame=blame)
-        arms.append(made)
-    bench.compare(PART, case, arms, "dense")
-
-
-def _variants(bench: Bench, kind: str, dtype: torch.dtype) -> list[str]:
-    found = kernels(kind, dtype, bench.device)
-    if not found:
-        raise Unavailable(f"no kernel for {kind} with {dtype} on {torch.cuda.get_device_name(bench.device)}")
-    return found
-
-
-def _algorithms(bench: Bench, case: str, rows: int, cols: int, tokens: int) -> None:
-    """Every algorithm of cuSPARSELt that this shape has, for one product: which are right, and how fast they are."""
-    from sparse24.backends.cusparselt import ALGORITHMS
-
-    if not torch.backends.cusparselt.is_available():
-        raise Unavailable("this build of PyTorch has no cuSPARSELt, or the GPU is older than sm_80")
-    dtype = torch.bfloat16
-    weight = bench.randn(rows, cols, dtype=dtype, scale=cols**-0.5)
-    mask = random_mask(rows, cols, bench.generator())
-    x = bench.randn(tokens, cols, dtype=dtype, seed=1)
-    compressed = torch._cslt_compress(weight * mask)
-    expected = x @ (weight * mask).t()
-
-    def product(algorithm: int) -> Tensor:
-        return torch._cslt_sparse_mm(compressed, x.t(), transpose_result=True, alg_id=algorithm)
-
-    def exists(algorithm: int) -> bool:
-        try:
-            product(algorithm)
-        except RuntimeError:
-            return False
-        return True
-
-    flop = 2.0 * rows * cols * tokens
-    arms = [Arm("dense", lambda: lambda _: x @ weight.t(), flop=flop, ours=False)]
-    for algorithm in filter(exists, range(ALGORITHMS)):
-        check = lambda call: relative_error(call(0), expected)  # noqa: E731
-        make = lambda a=algorithm: lambda _: product(a)  # noqa: E731
-        arms.append(Arm(f"algorithm {algorithm}", make, check, TOLERANCE[dtype], flop=flop / 2, ours=False))
-    bench.compare(PART, case, arms, "dense", graph=False)
+    timed(bench, case, arms, "torch, eager", sets)

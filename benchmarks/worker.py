@@ -21,7 +21,7 @@ import torch
 from sparse24.backends import BACKENDS
 from sparse24.backends.base import Product
 
-from benchmarks import ceilings, layers, machine, operators, pretrain, products, step
+from benchmarks import ceilings, gemms, layers, machine, operators, pretrain, products, step
 from benchmarks.bench import Bench, Case, DeviceLost, Unavailable, first_line, free
 from benchmarks.rows import FAILED, SKIPPED, UNAVAILABLE, WRONG, Row
 
@@ -29,7 +29,7 @@ from benchmarks.rows import FAILED, SKIPPED, UNAVAILABLE, WRONG, Row
 PARTS = {
     "ceilings": ceilings.cases,
     "products": products.cases,
-    "operators": operators.cases,
+    "operators": lambda device, rehearse: operators.cases(device, rehearse) + gemms.cases(device, rehearse),
     "ffn": layers.ffn_cases,
     "step": step.cases,
     "block": layers.block_cases,
@@ -176,7 +176,7 @@ def smoke() -> int:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(device, True, rows.append, lambda what, blame: None, Path(folder) / "products.json")
-        for case in operators.cases(device, rehearse=True):
+        for case in operators.cases(device, rehearse=True) + gemms.cases(device, rehearse=True):
             if not _run(bench, case):
                 break
     for row in rows:

@@ -70,6 +70,14 @@ def test_the_loop_shown_trains():
     assert type(model["block"]["mlp"]["up"]) is nn.Linear
 
 
+def test_the_code_in_the_kernels_page_runs():
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "kernels.md").read_text(), re.DOTALL):
+        exec(compile(code, "docs/kernels.md", "exec"), names)
+    assert names["y"].shape == (32, 256)
+    assert set(names["plans"]) == {"ffn"}
+
+
 def test_paths_and_choices_named_exist():
     for path in re.findall(r"\]\((docs/[^)]+)\)", README):
         assert (ROOT / path).exists(), path

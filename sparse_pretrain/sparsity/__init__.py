@@ -13,7 +13,8 @@ for step in range(1000):
 """
 
 from sparse_pretrain.sparsity.linear import SparseLinear
+from sparse_pretrain.sparsity.products import apply_plans, choose_plans
 from sparse_pretrain.sparsity.recipe import SparseTraining, load_recipe
 from sparse_pretrain.sparsity.swap import densify, sparsify
 
-__all__ = ["SparseLinear", "SparseTraining", "densify", "load_recipe", "sparsify"]
+__all__ = ["SparseLinear", "SparseTraining", "apply_plans", "choose_plans", "densify", "load_recipe", "sparsify"]

@@ -17,9 +17,9 @@ def choose_plans(
     tokens: int,
     dtype: torch.dtype,
     device: torch.device,
-    micro_batches: int,
-    backend: str,
-    cache: Path,
+    micro_batches: int = 1,
+    backend: str = "auto",
+    cache: Path | None = None,
 ) -> tuple[dict[str, Plan], str]:
     """A plan for every sparse layer of `model`, by name, and the measurements as a table (empty if there were none).
 
@@ -30,7 +30,7 @@ def choose_plans(
         device: where the run will be.
         micro_batches: of one optimizer step.
         backend: `auto` or a backend's name.
-        cache: the file that remembers measurements.
+        cache: a file that remembers measurements; None = measure anew.
 
     Raises:
         UserError: the backend asked for cannot serve a layer.

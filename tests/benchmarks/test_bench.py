@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import layers, operators, products
+from benchmarks import gemms, layers, operators, products
 from benchmarks.bench import Arm, Bench, Unavailable, exact, relative_error
 from benchmarks.rows import FAILED, OK, UNAVAILABLE, WRONG
 from benchmarks.timing import Timed, Timing, interleaved
@@ -236,18 +236,18 @@ def matmul_on_cpu(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 def test_sparse_gemms_one_by_one(bench, rows, matmul_on_cpu, dtype):
-    operators._linear(bench, "case", 128, 128, 64, dtype)
+    gemms._linear(bench, "case", 128, 128, 64, dtype)
     assert [by_arm(rows)[name].status for name in ("dense", "good", "bad")] == [OK, OK, WRONG], rows
 
 
 def test_outer_gemms_one_by_one(bench, rows, matmul_on_cpu):
-    operators._outer(bench, "case", 128, 128, 64)
+    gemms._outer(bench, "case", 128, 128, 64)
     assert [by_arm(rows)[name].status for name in ("dense", "good", "bad")] == [OK, OK, WRONG], rows
 
 
 @pytest.mark.slow
 def test_every_operator_is_right(bench, rows):
     """In Triton's interpreter: what the smoke test of the GPU suite runs there."""
-    run_cases(operators.cases(CPU, rehearse=True), bench)
+    run_cases(operators.cases(CPU, rehearse=True) + gemms.cases(CPU, rehearse=True), bench)
     assert [row for row in rows if row.ours and row.status in (WRONG, FAILED)] == []
     assert len([row for row in rows if row.ours and row.status == OK]) >= 20
