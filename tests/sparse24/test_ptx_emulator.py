@@ -64,6 +64,22 @@ def test_lanes_diverge_and_meet():
     assert np.array_equal(out, np.maximum(lane, 1) + 1000 * (lane % 2))
 
 
+def test_minimum_that_is_not_negative_and_a_label_for_each_block():
+    body = """
+    sub.s32 %r2, %r0, 8;
+    min.relu.s32 %r3, %r2, 10;
+    { .reg .pred done; again: setp.ge.s32 done, %r3, 3; @!done bra skip; add.s32 %r3, %r3, 100; skip: }
+    { .reg .pred done; again: setp.ge.s32 done, %r3, 5; @!done bra skip; add.s32 %r3, %r3, 1000; skip: }
+    mul.wide.u32 %rd1, %r0, 4;
+    add.s64 %rd1, %rd0, %rd1;
+    st.global.b32 [%rd1], %r3;
+    """
+    out = np.zeros(32, np.int32)
+    Emulator(kernel(body)).launch((1, 1, 1), [out])
+    least = np.clip(np.arange(32) - 8, 0, 10)
+    assert np.array_equal(out, least + 1100 * (least >= 3))
+
+
 NAMED_BARRIER = """
     shr.u32 %r2, %r0, 5;
     setp.ne.b32 %p0, %r2, 0;
