@@ -174,7 +174,7 @@ class _Inputs:
         """The sparse product of the first set, computed densely."""
         if self.kind == WEIGHT_GRADIENT:
             return ops.mvue_prune(self.dy[0], 0, self.position).t() @ self.x[0]
-        masked = ops.masked_weight(self.weights[0], self.mask, self.shape.dtype)
+        masked = ops.sparse_weight(self.weights[0], self.mask, None, self.shape.dtype)
         return self.x[0] @ masked.t() if self.kind == FORWARD else self.dy[0] @ masked
 
     def sparse(self, name: str, variant: str) -> Call:
@@ -184,7 +184,7 @@ class _Inputs:
             return lambda i: backend.weight_gradient(self.dy[i], self.x[i], 0, self.position, variant)
         forward = self.kind == FORWARD
         operands = [
-            backend.pack_weight(weight, self.mask, self.shape.dtype, forward, not forward)[0 if forward else 1]
+            backend.pack_weight(weight, self.mask, None, self.shape.dtype, forward, not forward)[0 if forward else 1]
             for weight in self.weights
         ]
         features = self.shape.out_features if forward else self.shape.in_features

@@ -237,7 +237,7 @@ CHOICES: dict[str, list[str]] = {
     "model.position": ["learned", "rotary"],
     "model.activation": ["gelu", "relu2", "geglu", "swiglu"],
     "data.source": ["stdlib", "text", "huggingface"],
-    "recipe.projection": ["none", "magnitude", "transposable"],
+    "recipe.projection": ["none", "magnitude", "transposable", "soft_threshold"],
     "recipe.weight_gradient": ["dense", "mvue"],
     "recipe.decay.place": ["none", "gradient", "momentum", "weight"],
     "optimizer.name": ["adamw"],

@@ -20,6 +20,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy
 
 from sparse_pretrain import runs
 from sparse_pretrain.checkpoint import store
@@ -75,7 +76,9 @@ def run(run_dir: Path) -> None:
     trainer = lightning.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=cfg.trainer.devices,
-        strategy="ddp" if cfg.trainer.devices > 1 else "auto",
+        # masks and guards are the same on all ranks, being functions of the same weights, losses and norms: sending
+        # them (and Ŵ) round before each step would cost half as much as the gradients
+        strategy=DDPStrategy(broadcast_buffers=False) if cfg.trainer.devices > 1 else "auto",
         plugins=[AtomicCheckpointIO(), precision_plugin(dtype, device)],
         callbacks=callbacks,
         logger=False,

@@ -129,12 +129,13 @@ def _launch(x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, splits: i
         values = values.view(torch.int32)
     steps = triton.cdiv(triton.cdiv(k, block_k), splits)
     target = y if splits == 1 else torch.empty(splits, n, m, dtype=torch.float32, device=x.device)
-    _decompress_linear[(triton.cdiv(m, BLOCK_M), triton.cdiv(n, block_n), splits)](
-        x, values, metadata, bias, target, n, m, k, metadata.shape[1], x.stride(0), steps,
-        BN=block_n, BM=BLOCK_M, BK=block_k, SPLIT=splits > 1, num_warps=4, num_stages=3,
-    )  # fmt: skip
-    if splits > 1:
-        _add_splits[(triton.cdiv(m, 1024), n)](target, bias, y, n, m, SPLITS=splits, BLOCK=1024, num_warps=4)
+    with torch.cuda.device_of(x):
+        _decompress_linear[(triton.cdiv(m, BLOCK_M), triton.cdiv(n, block_n), splits)](
+            x, values, metadata, bias, target, n, m, k, metadata.shape[1], x.stride(0), steps,
+            BN=block_n, BM=BLOCK_M, BK=block_k, SPLIT=splits > 1, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        if splits > 1:
+            _add_splits[(triton.cdiv(m, 1024), n)](target, bias, y, n, m, SPLITS=splits, BLOCK=1024, num_warps=4)
 
 
 def _blocks(n: int, dtype: torch.dtype) -> tuple[int, int]:

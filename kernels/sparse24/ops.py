@@ -53,10 +53,27 @@ def refresh_mask_(weight: Tensor, mask: Tensor, projection: str) -> Tensor:
     return flips
 
 
-def masked_weight(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """M⊙W in `dtype`, dense; contiguous wherever the weight is."""
-    out = torch.empty_like(weight, dtype=dtype)
-    return torch.mul(weight, mask, out=out)
+def sparse_weight(
+    weight: Tensor, mask: Tensor, scale: Tensor | None, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Ŵ as a dense matrix: M⊙W, or with a scale β·S(W), rounded once to the dtype of the result.
+
+    Args:
+        weight: (out_features, in_features), floating point, any strides.
+        mask: boolean of that shape; not used with a scale.
+        scale: β, 0-dim float32 on the same device, or None.
+        dtype: of a new result, which is contiguous wherever the weight is.
+        out: where to write instead.
+    """
+    if out is None:
+        out = torch.empty_like(weight, dtype=dtype)
+    if scale is None:
+        return torch.mul(weight, mask, out=out)
+    if not use_kernels(weight):
+        return out.copy_(reference.soft_threshold(weight) * scale)
+    from sparse24.prune import prune_pack, unpack_dense
+
+    return out.copy_(unpack_dense(prune_pack(weight, "soft_threshold", out.dtype, scale=scale)))
 
 
 # --- in the model ---
@@ -96,6 +113,8 @@ def mvue_prune(dy: Tensor, seed: int, position: Tensor) -> Tensor:
 def _linear(choice: str, operand: list[Tensor], x: Tensor, bias: Tensor | None, features: int) -> Tensor:
     from sparse24.backends import split_choice
 
+    if not x.shape[0]:
+        return x.new_empty(0, features)
     backend, variant = split_choice(choice)
     return backend.linear(operand, x.contiguous(), bias, features, variant).contiguous()
 
@@ -120,6 +139,8 @@ def linear(choice: str, operand: list[Tensor], x: Tensor, bias: Tensor | None, f
 def _weight_gradient(choice: str, dy: Tensor, x: Tensor, seed: int, position: Tensor) -> Tensor:
     from sparse24.backends import split_choice
 
+    if not x.shape[0]:
+        return x.new_zeros(dy.shape[1], x.shape[1], dtype=torch.float32)
     backend, variant = split_choice(choice)
     return backend.weight_gradient(dy, x.contiguous(), seed, position, variant).float()
 

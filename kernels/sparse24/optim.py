@@ -43,6 +43,11 @@ class TensorTable:
         lists = (*tensors, steps, masks)
         key = tuple(None if t is None else (t.data_ptr(), t.dtype) for group in lists for t in group)
         if key != self._key:
+            if tensors[0][0].is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a CUDA graph is being captured and tensors have moved since the table was built: make a step "
+                    "with these very gradients first, as a replay would read addresses that are no longer theirs"
+                )
             _check(tensors, steps, masks)
             self._launches = _build(tensors, steps, masks)
             self._key = key
@@ -95,6 +100,7 @@ def adamw_step(
 
     Raises:
         ValueError: an argument does not fit. Tensors are checked when the table is built.
+        RuntimeError: the table would have to be built while a CUDA graph is captured.
     """
     if decay_place not in DECAY_PLACES:
         raise ValueError(f"decay_place must be one of {', '.join(DECAY_PLACES)}; found {decay_place!r}")

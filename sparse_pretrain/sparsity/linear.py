@@ -11,6 +11,7 @@ from sparse24.autograd import MvueKey, SparseWeight, sparse_linear
 from sparse24.backends import split_choice
 from sparse24.backends.base import Operand
 from sparse24.dispatch import Plan
+from sparse24.reference import soft_threshold_scale
 from torch import Tensor, nn
 
 
@@ -24,11 +25,13 @@ class SparseLinear(nn.Module):
 
     Args:
         dense: the layer to replace: an `nn.Linear`, or a Hugging Face `Conv1D` (its weight is (in, out)).
-        projection: `magnitude` or `transposable`.
+        projection: `magnitude`, `transposable`, or `soft_threshold` (S-STE: Ŵ = β·S(W); β is computed here, from the
+            weight as it is now, and is the buffer `scale` from then on).
         weight_gradient: `dense`, or `mvue` to prune dY without bias before dW = dYᵀX.
     """
 
     mask: Tensor
+    scale: Tensor | None
     sparse_weight: Tensor | None
 
     def __init__(self, dense: nn.Module, projection: str, weight_gradient: str = "dense") -> None:
@@ -46,6 +49,9 @@ class SparseLinear(nn.Module):
         self.packed: SparseWeight | None = None  # Ŵ, unless it is in the buffer `sparse_weight`
         self.register_buffer("mask", torch.empty_like(self.weight, dtype=torch.bool))
         self.register_buffer("sparse_weight", None, persistent=False)
+        self.register_buffer("scale", None)
+        if projection == "soft_threshold":
+            self.scale = soft_threshold_scale(self._out_by_in(self.weight.detach()))
         self.refresh()
         self.project()
         self.train(dense.training)
@@ -61,27 +67,28 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def refresh(self) -> Tensor:
         """Recompute the mask from the master weight; returns how many of its entries changed (0-dim int64)."""
-        return ops.refresh_mask_(self._out_by_in(self.weight), self._out_by_in(self.mask), self.projection)
+        projection = "magnitude" if self.projection == "soft_threshold" else self.projection
+        return ops.refresh_mask_(self._out_by_in(self.weight), self._out_by_in(self.mask), projection)
 
     @torch.no_grad()
     def project(self) -> None:
-        """Recompute Ŵ = M⊙W from the master weight and go on with it."""
-        weight, mask = self._out_by_in(self.weight), self._out_by_in(self.mask)
+        """Recompute Ŵ, which is M⊙W or β·S(W), from the master weight and go on with it."""
+        weight, mask, scale = self._out_by_in(self.weight), self._out_by_in(self.mask), self.scale
         if self.plan.forward == self.plan.input_gradient == "dense":
             self.packed = None
             if self.sparse_weight is None or self.sparse_weight.dtype != self.product_dtype:
                 self.sparse_weight = torch.empty(weight.shape, dtype=self.product_dtype, device=weight.device)
-            torch.mul(weight, mask, out=self.sparse_weight)
+            ops.sparse_weight(weight, mask, scale, out=self.sparse_weight)
             return
         self.sparse_weight = None
         forward, _ = split_choice(self.plan.forward)
         transpose, _ = split_choice(self.plan.input_gradient)
         dtype = self.product_dtype
         if forward is transpose:
-            operand, operand_t = forward.pack_weight(weight, mask, dtype, forward=True, transpose=True)
+            operand, operand_t = forward.pack_weight(weight, mask, scale, dtype, forward=True, transpose=True)
         else:
-            operand, _ = forward.pack_weight(weight, mask, dtype, forward=True, transpose=False)
-            _, operand_t = transpose.pack_weight(weight, mask, dtype, forward=False, transpose=True)
+            operand, _ = forward.pack_weight(weight, mask, scale, dtype, forward=True, transpose=False)
+            _, operand_t = transpose.pack_weight(weight, mask, scale, dtype, forward=False, transpose=True)
         if self.packed is None:
             self.packed = SparseWeight(
                 Operand(self.plan.forward, operand),
@@ -93,6 +100,12 @@ class SparseLinear(nn.Module):
         held = self.packed.forward.tensors + self.packed.input_gradient.tensors
         for old, new in zip(held, operand + operand_t, strict=True):
             old.copy_(new)
+
+    @torch.no_grad()
+    def current_weight(self) -> Tensor:
+        """Ŵ (out_features, in_features) of the master weight as it is now, in its dtype."""
+        weight = self._out_by_in(self.weight)
+        return ops.sparse_weight(weight, self._out_by_in(self.mask), self.scale, out=torch.empty_like(weight))
 
     def go_dense(self) -> None:
         """Use the master weight as it is, until the next `project`."""
@@ -106,6 +119,10 @@ class SparseLinear(nn.Module):
             return F.linear(x, weight, self.bias)
         if self.weight_gradient == "mvue" and self.mvue is None and torch.is_grad_enabled():
             raise RuntimeError("a layer with weight_gradient=mvue trains only under a SparseTraining")
+        if self.packed is not None and x.dtype != self.product_dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"x must be {self.product_dtype}, as the packed weight, or under autocast; found {x.dtype}"
+            )
         return sparse_linear(x, weight, sparse_weight, self.bias, self.mvue)
 
     def dense_layer(self) -> nn.Module:
@@ -115,17 +132,21 @@ class SparseLinear(nn.Module):
         dense.register_parameter("bias", self.bias)
         if self.is_sparse:
             # A Parameter of its own: the master weight may be tied to another layer, which goes on using it.
-            dense.weight = nn.Parameter((self.weight * self.mask).detach().contiguous())
+            dense.weight = nn.Parameter(self._out_by_in(self.current_weight()).contiguous())
         return dense.train(self.training)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Loads dense checkpoints too: without a mask in them, the mask is recomputed from the loaded weight."""
+        """Loads dense checkpoints too: without a mask in them, mask and scale are recomputed from the loaded weight."""
         from_dense = f"{prefix}weight" in state_dict and f"{prefix}mask" not in state_dict
+        own = {f"{prefix}mask": self.mask} | ({} if self.scale is None else {f"{prefix}scale": self.scale})
         if from_dense:
-            state_dict[f"{prefix}mask"] = self.mask
+            state_dict.update(own)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if from_dense:
-            del state_dict[f"{prefix}mask"]
+            for key in own:
+                del state_dict[key]
+            if self.scale is not None:
+                self.scale.copy_(soft_threshold_scale(self._out_by_in(self.weight.detach())))
             self.refresh()
         if self.is_sparse:
             self.project()

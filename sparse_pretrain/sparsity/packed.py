@@ -19,8 +19,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, layer: SparseLinear) -> None:
         super().__init__()
-        weight, mask = layer.weight.detach(), layer.mask
-        packed = pack(weight.t(), mask.t()) if layer.transposed else pack(weight, mask)
+        packed = pack(layer.current_weight(), layer.mask.t() if layer.transposed else layer.mask)
         self.register_buffer("values", packed.values)
         self.register_buffer("metadata", packed.metadata)
         self.cols = packed.cols

@@ -55,6 +55,9 @@ class ProductsCallback(lightning.Callback):
             backend=cfg.trainer.backend,
             cache=cache_dir() / MEASUREMENTS,
         )
+        if device.type == "cuda":  # measuring is not training: neither its peak of memory nor what it leaves reserved
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
         facts["sparse_products"] = {"measured_on": here, "plans": plans, "table": table}
         runs.write_json(self.run_dir / runs.RUN_FILE, facts)
         if table:

@@ -54,7 +54,7 @@ def error_of(capsys, *arguments: str) -> str:
         (["train", "--fast"], "options: found unrecognized arguments: --fast; allowed: option=value, -m"),
         (["train", "nonsense"], "nonsense: found something that is not option=value"),
         (["train", "--config-dir", "/nowhere"], "--config-dir: found /nowhere; allowed: a folder"),
-        (["train", "-m", "recipe=fst,stee"], "recipe: found stee; allowed: dense, fst, sr_ste, ste; did you mean ste?"),
+        (["train", "-m", "recipe=fst,stee"], "recipe: found stee; allowed: dense, fst, s_ste, sr_ste, ste; did you mean ste?"),
         (["evaluate"], "checkpoint: found nothing; allowed: a value"),
         (["evaluate", "checkpoint=/nowhere"], "checkpoint: found /nowhere, which holds no whole checkpoint"),
         (["generate", "checkpoint=x", "temperature=-1"], "temperature: found -1; allowed: at least 0"),

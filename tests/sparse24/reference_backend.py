@@ -16,9 +16,10 @@ class Reference(Backend):
     def variants(self, product, device):
         return ["a", "b"]
 
-    def pack_weight(self, weight, mask, dtype, forward, transpose):
-        packed = pack(weight.to(dtype), mask) if forward else None
-        packed_t = pack(weight.t().to(dtype), mask.t()) if transpose else None
+    def pack_weight(self, weight, mask, scale, dtype, forward, transpose):
+        sparse = ops.sparse_weight(weight, mask, scale, dtype)
+        packed = pack(sparse, mask) if forward else None
+        packed_t = pack(sparse.t(), mask.t()) if transpose else None
         return [list(p[:2]) if p else [] for p in (packed, packed_t)]
 
     def linear(self, operand, x, bias, features, variant):

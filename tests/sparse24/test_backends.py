@@ -3,11 +3,11 @@
 import pytest
 import torch
 from sparse24 import ops
-from sparse24.backends import BACKENDS, cutlass, split_choice
+from sparse24.backends import BACKENDS, cutlass, gluon, split_choice
 from sparse24.backends.base import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Product
 from sparse24.fragments import Fragments, from_fragments
 from sparse24.packing import Packed, pack, unpack
-from sparse24.reference import mvue24, transposable_mask, uniform24
+from sparse24.reference import mvue24, soft_threshold, soft_threshold_scale, transposable_mask, uniform24
 
 POSITION = torch.tensor([3, 8, 2])
 
@@ -35,11 +35,11 @@ def test_choices_name_a_backend_and_a_variant():
 
 
 @pytest.mark.parametrize("directions", [(True, False), (False, True), (True, True)])
-def test_gluon_packs_fragments(directions):
+def test_gluon_packs_fragments(directions, device):
     pytest.importorskip("triton")
-    weight, mask = weight_and_mask(128, 192)
+    weight, mask = (t.to(device) for t in weight_and_mask(128, 192))
     expected = weight.half() * mask
-    operands = BACKENDS["gluon"].pack_weight(weight, mask, torch.float16, *directions)
+    operands = BACKENDS["gluon"].pack_weight(weight, mask, None, torch.float16, *directions)
     for wanted, tensors, matrix in zip(directions, operands, (expected, expected.t()), strict=True):
         if not wanted:
             assert tensors == []
@@ -48,16 +48,32 @@ def test_gluon_packs_fragments(directions):
         assert torch.equal(unpack(from_fragments(fragments)), matrix)
 
 
+@pytest.mark.parametrize("name", ["gluon", "triton", "dense"])
+def test_a_soft_threshold_is_packed_with_its_scale(name, device):
+    pytest.importorskip("triton")
+    weight, mask = torch.randn(64, 128, device=device), torch.empty(0)
+    scale = soft_threshold_scale(weight)
+    operand, nothing = BACKENDS[name].pack_weight(weight, mask, scale, torch.float16, True, False)
+    expected = (scale * soft_threshold(weight)).half()
+    assert nothing == []
+    found = {
+        "dense": lambda: operand[0],
+        "triton": lambda: unpack(Packed(*operand, 128)),
+        "gluon": lambda: unpack(from_fragments(Fragments(*operand, 64, 128, torch.float16))),
+    }[name]()
+    assert torch.equal(found + 0.0, expected + 0.0)  # zeros of either sign
+
+
 @pytest.mark.parametrize("directions", [(True, False), (False, True), (True, True)])
-def test_triton_multiplies_what_it_packs(directions, runtime_loops):
-    weight, mask = weight_and_mask(64, 48)
+def test_triton_multiplies_what_it_packs(directions, runtime_loops, device):
+    weight, mask = (t.to(device) for t in weight_and_mask(64, 48))
     backend = BACKENDS["triton"]
-    operands = backend.pack_weight(weight, mask, torch.float16, *directions)
+    operands = backend.pack_weight(weight, mask, None, torch.float16, *directions)
     matrix = (weight.half() * mask).float()
     for wanted, tensors, dense in zip(directions, operands, (matrix, matrix.t()), strict=True):
         if wanted:
-            x = torch.randn(5, dense.shape[1]).half()
-            bias = torch.randn(dense.shape[0]).half()
+            x = torch.randn(5, dense.shape[1], device=device).half()
+            bias = torch.randn(dense.shape[0], device=device).half()
             y = backend.linear(tensors, x, bias, dense.shape[0], "")
             torch.testing.assert_close(y.float(), x.float() @ dense.t() + bias.float(), rtol=2e-3, atol=2e-3)
 
@@ -77,6 +93,16 @@ def test_what_gluon_serves(gpu):
     ada = gpu(8, 9)
     assert all("mma_sp" in name for name in backend.variants(Product(FORWARD, 64, 128, 128, torch.float16), ada))
     assert not backend.supports(Product(FORWARD, 64, 128, 128, torch.float16), gpu(7, 5))[0]
+
+
+def test_operands_of_gluon_begin_at_a_multiple_of_16_bytes():
+    part = torch.arange(65.0).half()[1:].reshape(8, 8)
+    assert part.is_contiguous()
+    found = gluon._aligned(part)
+    assert found.data_ptr() % 16 == 0
+    assert torch.equal(found, part)
+    whole = torch.zeros(8, 8)
+    assert gluon._aligned(whole) is whole
 
 
 def test_what_the_libraries_serve(gpu):
@@ -103,6 +129,8 @@ def test_cusparselt_by_its_documented_semantics(monkeypatch):
 
     def sparse_mm(compressed, dense, bias=None, transpose_result=False, alg_id=0):
         assert dense.is_contiguous() or dense.t().is_contiguous()  # it tells only these two layouts apart
+        assert dense.shape[0] % 16 == 0
+        assert dense.shape[1] % 8 == 0
         result = unpack(Packed(*compressed)) @ dense
         result = result if bias is None else result + bias[:, None]
         calls.append(alg_id)
@@ -112,6 +140,7 @@ def test_cusparselt_by_its_documented_semantics(monkeypatch):
     monkeypatch.setattr(torch, "_cslt_compress", compress)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", sparse_mm)
     _check_library("cusparselt", "7")
+    _check_library("cusparselt", "7", tokens=13)
     assert set(calls) == {7}
 
 
@@ -121,6 +150,8 @@ def test_cutlass_by_its_documented_semantics(monkeypatch):
         return *packed[:2], *packed_t[:2], None
 
     def mm(values, metadata, dense):
+        assert dense.shape[0] % 64 == 0
+        assert dense.shape[1] % 8 == 0
         return unpack(Packed(values, metadata, dense.shape[0])) @ dense
 
     monkeypatch.setattr(torch, "_sparse_semi_structured_tile", tile)
@@ -128,20 +159,22 @@ def test_cutlass_by_its_documented_semantics(monkeypatch):
     monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", lambda b, v, m, d: mm(v, m, d) + b[:, None])
     monkeypatch.setattr(cutlass, "sparse_semi_structured_from_dense_cutlass", lambda dense: pack(dense)[:2])
     _check_library("cutlass", "", weight_gradient=False)
+    _check_library("cutlass", "", weight_gradient=False, tokens=13)
 
 
-def _check_library(name, variant, weight_gradient=True):
+def _check_library(name, variant, weight_gradient=True, tokens=32):
+    """tokens: of a last micro-batch or of validation, they may be other than `supports` was asked about."""
     backend = BACKENDS[name]
     weight, mask = weight_and_mask(64, 128)
     sparse = weight * mask
-    x, dy, bias = torch.randn(32, 128), torch.randn(32, 64), torch.randn(64)
+    x, dy, bias = torch.randn(tokens, 128), torch.randn(tokens, 64), torch.randn(64)
     for transpose in (False, True):
-        operand, operand_t = backend.pack_weight(weight, mask, torch.float32, True, transpose)
+        operand, operand_t = backend.pack_weight(weight, mask, None, torch.float32, True, transpose)
         torch.testing.assert_close(backend.linear(operand, x, bias, 64, variant), x @ sparse.t() + bias)
         torch.testing.assert_close(backend.linear(operand, x, None, 64, variant), x @ sparse.t())
     torch.testing.assert_close(backend.linear(operand_t, dy, None, 128, variant), dy @ sparse)
     if weight_gradient:
-        pruned = mvue24(dy, uniform24(1, 3, 2, 32, 64, 8))
+        pruned = mvue24(dy, uniform24(1, 3, 2, tokens, 64, 8))
         found = backend.weight_gradient(dy, x, 1, POSITION, variant)
         torch.testing.assert_close(found, pruned.t() @ x)
 
@@ -156,4 +189,4 @@ def test_masks_are_refreshed_in_place():
     assert int(ops.refresh_mask_(weight, mask, "transposable")) == 32
     assert torch.equal(mask, transposable_mask(weight))
     assert int(ops.refresh_mask_(weight, mask, "transposable")) == 0
-    assert ops.masked_weight(weight.t(), mask.t(), torch.bfloat16).t().is_contiguous()
+    assert ops.sparse_weight(weight.t(), mask.t(), None, torch.bfloat16).t().is_contiguous()

@@ -115,6 +115,65 @@ def test_a_wrong_variant_is_told_and_never_chosen(use):
     assert "nan" in row.note
 
 
+def test_whatever_a_kernel_raises_the_run_goes_on(use, as_gpu):
+    class CompilationError(Exception):  # of Triton: no RuntimeError
+        pass
+
+    class Broken(Reference):
+        name = "broken"
+
+        def pack_weight(self, *args):
+            raise CompilationError("at 3:4: no")
+
+        def weight_gradient(self, *args):
+            raise CompilationError("at 5:6: no")
+
+    use(Broken())
+    rows = {kind: dispatch.measure(SHAPE, kind, CPU)[1] for kind in (FORWARD, WEIGHT_GRADIENT)}
+    assert rows[FORWARD].note == "packing failed: at 3:4: no"
+    assert rows[WEIGHT_GRADIENT].note == "at 5:6: no"
+    assert as_gpu(SHAPE)[0] == Plan()
+
+
+def test_without_memory_to_measure_products_are_dense_and_measured_another_time(use, as_gpu, tmp_path, monkeypatch):
+    class NoMemory:
+        def __init__(self, *args):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    use(Reference())
+    cache = tmp_path / "cache.json"
+    monkeypatch.setattr(dispatch, "_Problem", NoMemory)
+    with pytest.warns(UserWarning, match="was not measured: CUDA out of memory"):
+        plan, rows = as_gpu(SHAPE, cache=cache)
+    assert plan == Plan()
+    assert "out of memory" in table(SHAPE, plan, rows)
+    assert not cache.exists()
+
+
+def test_an_error_that_broke_the_device_ends_the_run(use, monkeypatch):
+    class Device:
+        type = "cuda"
+
+    def synchronize(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    use(Failing())
+    product = SHAPE.product(WEIGHT_GRADIENT)
+    problem = dispatch._Problem(SHAPE, WEIGHT_GRADIENT, CPU)
+    with pytest.raises(RuntimeError, match=r"failing:a broke the CUDA context \(no such algorithm\)"):
+        dispatch._best_variant(backends.BACKENDS["failing"], product, problem, Device())
+
+
+def test_no_tokens(use):
+    use(Failing())
+    x = torch.empty(2, 0, 48)
+    assert ops.linear("failing", [], x, None, 32).shape == (2, 0, 32)
+    position = torch.tensor([1, 0, 0])
+    dw = ops.weight_gradient("failing", torch.empty(0, 32), torch.empty(0, 48), 0, position)
+    assert torch.equal(dw, torch.zeros(32, 48))
+
+
 def test_the_fastest_is_chosen_and_only_where_the_recipe_is_sparse(use, as_gpu):
     use(Slow())
     plan, rows = as_gpu(SHAPE)
@@ -123,6 +182,13 @@ def test_the_fastest_is_chosen_and_only_where_the_recipe_is_sparse(use, as_gpu):
     plain = LayerShape(64, 32, 48, torch.float32, transposable=False, mvue=False)
     plan, rows = as_gpu(plain)
     assert {row.kind for row in rows} == {FORWARD}
+
+
+def test_a_gain_within_the_noise_is_none():
+    dense, close, fast = (dispatch.Row(FORWARD, c, ms, 0.0) for c, ms in (("dense", 1.0), ("a", 0.985), ("b", 0.97)))
+    assert dispatch._fastest([dense, close], 1) == dense
+    assert dispatch._fastest([dense, close, fast], 1) == fast
+    assert dispatch._fastest([close], 1) == close  # asked for by name
 
 
 def test_packing_counts_once_per_step():
@@ -191,7 +257,7 @@ def test_a_packed_layer_computes_what_a_dense_one_does(use, leading, compiled):
     mask = transposable_mask(weight)
     bias = torch.randn(32, generator=generator)
     dense = weight * mask
-    (operand, operand_t) = backends.BACKENDS["reference"].pack_weight(weight, mask, torch.float32, True, True)
+    (operand, operand_t) = backends.BACKENDS["reference"].pack_weight(weight, mask, None, torch.float32, True, True)
     key = MvueKey(1, torch.tensor(2), torch.tensor([3, 0]))
     mixtures = [
         dense,
@@ -217,7 +283,9 @@ def test_only_operands_are_saved_for_backward(use):
     use(Reference())
     weight = torch.randn(32, 48).requires_grad_()
     mask = transposable_mask(weight)
-    operand, operand_t = backends.BACKENDS["reference"].pack_weight(weight.detach(), mask, torch.float32, True, True)
+    operand, operand_t = backends.BACKENDS["reference"].pack_weight(
+        weight.detach(), mask, None, torch.float32, True, True
+    )
     sparse = SparseWeight(Operand("reference", operand), Operand("reference", operand_t), "dense")
     x, saved = torch.randn(64, 48).requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -237,7 +305,7 @@ def test_the_operators_are_well_formed(use):
     use(Reference())
     weight = torch.randn(32, 48)
     operand, _ = backends.BACKENDS["reference"].pack_weight(
-        weight, transposable_mask(weight), torch.float32, True, False
+        weight, transposable_mask(weight), None, torch.float32, True, False
     )
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(

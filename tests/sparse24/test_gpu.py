@@ -46,6 +46,20 @@ def test_every_variant_is_right_or_refused(name, kind, shape, dtype, gpu):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_other_numbers_of_tokens_than_measured(kind, gpu):
+    """A last micro-batch, validation: whatever `supports` was asked about, a choice serves any number of tokens."""
+    product = LayerShape(1024, 512, 256, torch.bfloat16, transposable=True, mvue=True).product(kind)
+    able = [b for b in BACKENDS.values() if b.supports(product, gpu)[0]]
+    for tokens in (1, 7, 77, 1000):
+        shape = LayerShape(tokens, 512, 256, torch.bfloat16, transposable=True, mvue=True)
+        problem = dispatch._Problem(shape, kind, gpu)
+        for backend in able:
+            operand = problem.pack(backend) if kind != WEIGHT_GRADIENT else []
+            off = problem.error(problem.run(backend, operand, ""))
+            assert off <= TOLERANCE[torch.bfloat16], (backend.name, tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_results_repeat_bit_for_bit(kind, gpu):
     shape = LayerShape(2048, 1024, 1024, torch.bfloat16, transposable=True, mvue=True)
     problem = dispatch._Problem(shape, kind, gpu)
@@ -65,20 +79,21 @@ def test_dispatch_is_never_slower_than_dense(gpu):
         plan, rows = choose(shape, gpu)
         for kind in KINDS:
             step = {row.choice: row.step_ms(1) for row in rows if row.kind == kind and row.product_ms is not None}
-            assert step[getattr(plan, kind)] == min(step.values())
-            assert "dense" in step
+            chosen = step[getattr(plan, kind)]
+            assert chosen == min(step.values()) or chosen == step["dense"] <= min(step.values()) / (1 - dispatch.MARGIN)
 
 
-def packed(gpu, out_features=1024, in_features=512):
+def packed(gpu, out_features=1024, in_features=512, only=None):
+    """only: name of the backend to use where it can be; else the first sparse one."""
     weight = torch.randn(out_features, in_features, device=gpu)
     mask = transposable_mask(weight)
     choices = {}
     for kind in KINDS:
-        rows = measure(LayerShape(2048, out_features, in_features, torch.bfloat16, True, True), kind, gpu)
+        rows = measure(LayerShape(2048, out_features, in_features, torch.bfloat16, True, True), kind, gpu, only)
         sparse = [row.choice for row in rows if row.product_ms is not None and row.choice != "dense"]
         choices[kind] = sparse[0] if sparse else "dense"
-    operand, _ = split_choice(choices[FORWARD])[0].pack_weight(weight, mask, torch.bfloat16, True, False)
-    _, operand_t = split_choice(choices[INPUT_GRADIENT])[0].pack_weight(weight, mask, torch.bfloat16, False, True)
+    operand, _ = split_choice(choices[FORWARD])[0].pack_weight(weight, mask, None, torch.bfloat16, True, False)
+    _, operand_t = split_choice(choices[INPUT_GRADIENT])[0].pack_weight(weight, mask, None, torch.bfloat16, False, True)
     sparse = SparseWeight(
         Operand(choices[FORWARD], operand), Operand(choices[INPUT_GRADIENT], operand_t), choices[WEIGHT_GRADIENT]
     )
@@ -137,6 +152,41 @@ def test_the_layer_in_a_cuda_graph(gpu):
             torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-5)
 
 
+def test_the_optimizer_in_a_cuda_graph(gpu):
+    """Recorded with the addresses of a step before; with others it would replay those of memory given back."""
+    from sparse24.optim import TensorTable, adamw_step
+
+    def tensors():
+        generator = torch.Generator(gpu).manual_seed(0)
+        new = [[torch.randn(n, device=gpu, generator=generator) for n in (1000, 4096)] for _ in range(3)]
+        return (
+            *new,
+            [torch.rand(n, device=gpu, generator=generator) for n in (1000, 4096)],
+            [torch.zeros((), device=gpu)],
+        )
+
+    def step(params, grads, moments, squares, steps, table):
+        adamw_step(
+            params, grads, moments, squares, steps * 2, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+            table=table,
+        )  # fmt: skip
+
+    table, captured, eager = TensorTable(), tensors(), tensors()
+    step(*captured, table)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(*captured, table)
+        with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
+            step(*captured, TensorTable())
+    for _ in range(2):
+        graph.replay()
+    for _ in range(3):
+        step(*eager, TensorTable())
+    for a, b in zip(captured, eager, strict=True):
+        for found, expected in zip(a, b, strict=True):
+            assert torch.equal(found, expected)
+
+
 def test_a_step_needs_no_more_memory_than_dense(gpu):
     """Forward and backward of one layer: activations and temporaries; the packed weight beside a bf16 dense one."""
 
@@ -150,7 +200,7 @@ def test_a_step_needs_no_more_memory_than_dense(gpu):
         sparse_linear(x, w, sparse, None, key).backward(dy)
         return torch.cuda.max_memory_allocated() - before
 
-    weight, dense, sparse = packed(gpu, 4096, 1024)
+    weight, dense, sparse = packed(gpu, 4096, 1024, only="gluon")  # libraries hold dense copies of the gradient
     key = MvueKey(1, torch.tensor(0, device=gpu), torch.tensor([3, 0], device=gpu))
     sparse_peak, dense_peak = peak(sparse, key), peak(dense, None)
     # MVUE holds the pruned gradient packed: 9/16 of dY for a moment
@@ -171,5 +221,5 @@ def test_a_matrix_of_more_than_two_to_the_31_elements(gpu):
 
 
 def test_dense_only_where_nothing_else_fits(gpu):
-    shape = LayerShape(77, 36, 20, torch.bfloat16, transposable=True, mvue=True)
+    shape = LayerShape(177, 36, 20, torch.bfloat16, transposable=True, mvue=True)
     assert choose(shape, gpu)[0] == Plan()

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from sparse24.reference import mvue24, uniform24
 from torch import nn
 
 from sparse_pretrain.config import DecayConfig, RecipeConfig, ScheduleConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.optim.adamw import AdamW
-from sparse_pretrain.sparsity import SparseLinear, SparseTraining, load_recipe, sparsify
+from sparse_pretrain.sparsity import SparseLinear, SparseTraining, densify, load_recipe, sparsify
+from sparse_pretrain.sparsity.packed import pack_model
 from sparse_pretrain.sparsity.schedule import DENSE_FINETUNE, DENSE_WARMUP, SPARSE, PhaseSchedule
 
 STEPS = 20
@@ -172,8 +174,6 @@ def test_fst_step_is_the_published_one():
     torch.testing.assert_close(y, x @ (weight * mask).T)
     y.backward(dy)
     torch.testing.assert_close(x.grad, dy @ (weight * mask))
-    from sparse24.reference import mvue24, uniform24
-
     pruned = mvue24(dy, uniform24(1, 0, 0, 16, 4))
     assert ((pruned.view(4, 4, 4) != 0).sum(1) <= 2).all()
     torch.testing.assert_close(layer.weight.grad, pruned.T @ x.detach())
@@ -183,6 +183,90 @@ def test_fst_step_is_the_published_one():
     torch.testing.assert_close(
         layer.weight.detach(), weight - 0.1 * gradient / (gradient.abs() + 1e-8), rtol=1e-4, atol=1e-5
     )
+
+
+def soft_top2(weight):
+    """S(W), written another way: sort each group, subtract the third largest magnitude."""
+    groups = weight.reshape(-1, 4)
+    third = groups.abs().sort(dim=1).values[:, 1:2]
+    return (groups.sign() * (groups.abs() - third).clamp(min=0)).view(weight.shape)
+
+
+def test_s_ste_steps_are_the_published_ones():
+    """Ŵ = β·S(W) with β from the start; dX = dY Ŵ; dW = MVUE(dY)ᵀ X, without β, into Adam; no decay."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"ffn": nn.Linear(16, 8, bias=False)})
+    recipe = load_recipe("s_ste")
+    sparsify(model, recipe, include=["ffn"])
+    training = SparseTraining(model, recipe, STEPS, seed=1)
+    optimizer = AdamW(
+        [{"params": list(model.parameters()), "weight_decay": 0.0}], lr=0.05, betas=(0.9, 0.95), eps=1e-8,
+        decay=training.decay,
+    )  # fmt: skip
+    layer = model["ffn"]
+    weight = layer.weight.detach().double()
+    soft = soft_top2(weight)
+    beta = (weight * soft).sum() / (soft * soft).sum()
+    m = v = torch.zeros(8, 16, dtype=torch.float64)
+    training.prepare(0)
+    for t in range(1, STEPS + 1):
+        x, dy = torch.randn(32, 16, requires_grad=True), torch.randn(32, 8)
+        y = layer(x)
+        expected = beta * soft_top2(weight)
+        torch.testing.assert_close(y.double(), x.double() @ expected.T, rtol=1e-4, atol=1e-4)
+        y.backward(dy)
+        torch.testing.assert_close(x.grad.double(), dy.double() @ expected, rtol=1e-4, atol=1e-4)
+        optimizer.step()
+        optimizer.zero_grad()
+        training.prepare(t)
+
+        pruned = mvue24(dy, uniform24(1, t - 1, 0, 32, 8)).double()
+        gradient = pruned.T @ x.detach().double()
+        m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
+        weight = weight - 0.05 * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+        torch.testing.assert_close(layer.weight.detach().double(), weight, rtol=1e-4, atol=1e-5)
+    assert float(layer.scale) == pytest.approx(float(beta), rel=1e-5)
+    assert training.decay.factor == 0
+
+
+def test_beta_of_normal_weights():
+    model = nn.ModuleDict({"ffn": nn.Linear(512, 2048)})
+    nn.init.normal_(model["ffn"].weight, std=0.02)
+    sparsify(model, load_recipe("s_ste"), include=["ffn"])
+    assert float(model["ffn"].scale) == pytest.approx(1.4837, abs=0.01)  # its spread at this size: 0.0015
+
+
+def test_beta_is_saved_and_a_dense_checkpoint_sets_it_anew():
+    def build_one(std):
+        torch.manual_seed(int(100 * std))
+        model = nn.ModuleDict({"ffn": nn.Linear(16, 8)})
+        nn.init.uniform_(model["ffn"].weight, -std, std)
+        return model
+
+    recipe = load_recipe("s_ste")
+    trained, other, dense = build_one(1.0), build_one(0.5), build_one(0.25)
+    sparsify(trained, recipe, include=["ffn"])
+    sparsify(other, recipe, include=["ffn"])
+    beta = float(trained["ffn"].scale)
+    with torch.no_grad():
+        trained["ffn"].weight.mul_(torch.rand(8, 16))
+    other.load_state_dict(trained.state_dict())
+    assert float(other["ffn"].scale) == beta
+    other.load_state_dict(dense.state_dict())
+    soft = soft_top2(dense["ffn"].weight.detach())
+    expected = (dense["ffn"].weight.detach() * soft).sum() / soft.square().sum()
+    assert float(other["ffn"].scale) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("how", ["densify", "pack"])
+def test_a_layer_taken_out_of_s_ste_computes_the_same(how):
+    model = nn.ModuleDict({"ffn": nn.Linear(16, 8)})
+    sparsify(model, load_recipe("s_ste"), include=["ffn"])
+    x = torch.randn(4, 16)
+    with torch.no_grad():
+        before = model["ffn"](x)
+        assert (densify if how == "densify" else pack_model)(model)
+        torch.testing.assert_close(model["ffn"](x), before)
 
 
 def test_mvue_draws_depend_on_seed_step_and_position_only():
@@ -213,7 +297,9 @@ def test_mvue_outside_a_sparse_training_is_refused():
 
 
 def test_an_unknown_recipe():
-    with pytest.raises(UserError, match=r"recipe: found fstt; allowed: dense, fst, sr_ste, ste; did you mean fst\?"):
+    with pytest.raises(
+        UserError, match=r"recipe: found fstt; allowed: dense, fst, s_ste, sr_ste, ste; did you mean fst\?"
+    ):
         load_recipe("fstt")
 
 

@@ -110,6 +110,8 @@ def test_a_packed_layer_projects_into_the_same_memory(pretend):
     assert [t.data_ptr() for t in (*layer.packed.forward.tensors, *layer.packed.input_gradient.tensors)] == pointers
     x = torch.randn(4, 32)
     torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight * layer.mask, layer.bias))
+    with pytest.raises(ValueError, match=r"x must be torch.float32, as the packed weight, .*found torch.float16"):
+        layer(x.half())
     assert torch.equal(layer.dense_layer().weight, layer.weight * layer.mask)
     layer.go_dense()
     assert not layer.is_sparse

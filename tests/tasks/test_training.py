@@ -109,6 +109,15 @@ def test_loss_falls_and_the_masks_settle(tiny):
     assert flips[-1] < 0.2 * max(flips)
 
 
+def test_s_ste_settles_without_decay(tiny):
+    """The loss falls, and with it the flip rate, though nothing pulls pruned weights to zero."""
+    rows = metrics(train.run(tiny("s_ste", trainer__steps=120, trainer__eval_every=120, trainer__checkpoint_every=200)))
+    losses = [float(row["train/loss"]) for row in rows]
+    assert losses[-1] < losses[0] - 1.5
+    flips = [float(row["sparsity/flip_rate"]) for row in rows if row["sparsity/flip_rate"]]
+    assert sum(flips[-10:]) < 0.5 * max(sum(flips[i : i + 10]) for i in range(len(flips) - 10))
+
+
 def test_phases_switch_when_they_should(tiny):
     rows = metrics(train.run(tiny("fst", **phases())))
     assert [row["phase"] for row in rows] == [DENSE_WARMUP] * 2 + [SPARSE] * 7 + [DENSE_FINETUNE] * 3
@@ -135,7 +144,7 @@ def test_a_resumed_run_is_bit_identical(tiny, stop_at, tmp_path, stop):
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
-@pytest.mark.parametrize("recipe", ["dense", "ste", "sr_ste"])
+@pytest.mark.parametrize("recipe", ["dense", "ste", "sr_ste", "s_ste"])
 def test_other_recipes_resume_too(tiny, stop_at, tmp_path, recipe):
     train.run(tiny(recipe, "whole"))
     stop_at(7)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "forward", "input_gradient", "weight_gradient"
@@ -65,13 +66,15 @@ class Backend(ABC):
 
     @abstractmethod
     def pack_weight(
-        self, weight: Tensor, mask: Tensor, dtype: torch.dtype, forward: bool, transpose: bool
+        self, weight: Tensor, mask: Tensor, scale: Tensor | None, dtype: torch.dtype, forward: bool, transpose: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """M⊙W as operands.
+        """Ŵ as operands: M⊙W, or with a scale β·S(W) (`reference.soft_threshold`).
 
         Args:
             weight: (out_features, in_features), any floating dtype and strides.
-            mask: boolean of that shape, 2:4 along the rows; along the columns too if `transpose`.
+            mask: boolean of that shape, 2:4 along the rows; along the columns too if `transpose`. With a scale it is
+                that of the magnitudes, and is not read by all backends.
+            scale: β, 0-dim float32, or None.
             dtype: of the values.
             forward: whether the operand for Y = X Ŵᵀ is wanted, 2:4 along in_features.
             transpose: whether the operand for dX = dY Ŵ is wanted, 2:4 along out_features.
@@ -83,12 +86,22 @@ class Backend(ABC):
     @abstractmethod
     def linear(self, operand: list[Tensor], x: Tensor, bias: Tensor | None, features: int, variant: str) -> Tensor:
         """x (tokens, k), contiguous, times the transpose of an operand (features, k), plus bias (features,):
-        (tokens, features)."""
+        (tokens, features).
+
+        Any number of tokens but 0, not only the one that `supports` was asked about: the last micro-batch and
+        validation have others.
+        """
 
     @abstractmethod
     def weight_gradient(self, dy: Tensor, x: Tensor, seed: int, position: Tensor, variant: str) -> Tensor:
         """mvue24(dY)ᵀ X: dy (tokens, out_features) of any strides, x (tokens, in_features) contiguous ->
-        (out_features, in_features).
+        (out_features, in_features). Any number of tokens but 0, as for `linear`.
 
         seed and position ((3,) int64: step, first token, layer) say which random numbers prune dY.
         """
+
+
+def pad_rows(x: Tensor, step: int) -> Tensor:
+    """x (rows, columns) with zero rows up to a multiple of `step`; itself if it has one."""
+    missing = -x.shape[0] % step
+    return F.pad(x, (0, 0, 0, missing)) if missing else x

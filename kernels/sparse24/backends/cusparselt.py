@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sparse24 import ops
-from sparse24.backends.base import Backend, Product
+from sparse24.backends.base import Backend, Product, pad_rows
 
+K_STEP, N_STEP = 16, 8  # what the contraction length and the columns of the dense operand are multiples of
 ALGORITHMS = 70  # ids 0..69 are tried; those the library does not have are refused by it
 
 
@@ -29,7 +30,7 @@ class CuSparseLt(Backend):
         if product.dtype not in (torch.bfloat16, torch.float16):
             return False, f"needs bf16 or fp16, found {product.dtype}"
         # SparseSemiStructuredTensorCUSPARSELT's constraints: the sparse operand by 16, the dense one by 8
-        if product.m % 16 or product.k % 16 or product.n % 8:
+        if product.m % 16 or product.k % K_STEP or product.n % N_STEP:
             return False, f"needs m and k in multiples of 16 and n of 8, found {product.m}, {product.k}, {product.n}"
         return True, ""
 
@@ -37,18 +38,21 @@ class CuSparseLt(Backend):
         return [str(i) for i in range(ALGORITHMS)]
 
     def pack_weight(
-        self, weight: Tensor, mask: Tensor, dtype: torch.dtype, forward: bool, transpose: bool
+        self, weight: Tensor, mask: Tensor, scale: Tensor | None, dtype: torch.dtype, forward: bool, transpose: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
-        masked = ops.masked_weight(weight, mask, dtype).contiguous()
+        masked = ops.sparse_weight(weight, mask, scale, dtype).contiguous()
         return (
             [torch._cslt_compress(masked)] if forward else [],
             [torch._cslt_compress(masked.t().contiguous())] if transpose else [],
         )
 
     def linear(self, operand: list[Tensor], x: Tensor, bias: Tensor | None, features: int, variant: str) -> Tensor:
-        algorithm = int(variant or 0)
-        return torch._cslt_sparse_mm(operand[0], x.t(), bias=bias, transpose_result=True, alg_id=algorithm)
+        tokens = x.shape[0]
+        x = pad_rows(x, N_STEP)
+        y = torch._cslt_sparse_mm(operand[0], x.t(), bias=bias, transpose_result=True, alg_id=int(variant or 0))
+        return y[:tokens]
 
     def weight_gradient(self, dy: Tensor, x: Tensor, seed: int, position: Tensor, variant: str) -> Tensor:
-        compressed = torch._cslt_compress(ops.mvue_prune(dy, seed, position).t().contiguous())
-        return torch._cslt_sparse_mm(compressed, x, alg_id=int(variant or 0))
+        pruned = pad_rows(ops.mvue_prune(dy, seed, position), K_STEP)
+        compressed = torch._cslt_compress(pruned.t().contiguous())
+        return torch._cslt_sparse_mm(compressed, pad_rows(x, K_STEP), alg_id=int(variant or 0))

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from sparse24 import ops
-from sparse24.backends.base import WEIGHT_GRADIENT, Backend, Product
+from sparse24.backends.base import WEIGHT_GRADIENT, Backend, Product, pad_rows
+
+N_STEP = 8  # columns of the dense operand
 
 
 class Cutlass(Backend):
@@ -29,14 +31,14 @@ class Cutlass(Backend):
         if product.kind == WEIGHT_GRADIENT:
             return False, "no way to pack MVUE's result that is fast enough to gain anything"
         # SparseSemiStructuredTensorCUTLASS's constraints, for the weight and (transposed) for its other operand
-        if product.m % 64 or product.k % 64 or product.n % 8:
+        if product.m % 64 or product.k % 64 or product.n % N_STEP:
             return False, f"needs m and k in multiples of 64 and n of 8, found {product.m}, {product.k}, {product.n}"
         return True, ""
 
     def pack_weight(
-        self, weight: Tensor, mask: Tensor, dtype: torch.dtype, forward: bool, transpose: bool
+        self, weight: Tensor, mask: Tensor, scale: Tensor | None, dtype: torch.dtype, forward: bool, transpose: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
-        masked = ops.masked_weight(weight, mask, dtype).contiguous()
+        masked = ops.sparse_weight(weight, mask, scale, dtype).contiguous()
         if not transpose:  # the mask may be 2:4 along rows only
             return list(sparse_semi_structured_from_dense_cutlass(masked)), []
         values, meta, values_t, meta_t, _ = torch._sparse_semi_structured_tile(masked, algorithm="", use_cutlass=True)
@@ -44,11 +46,13 @@ class Cutlass(Backend):
 
     def linear(self, operand: list[Tensor], x: Tensor, bias: Tensor | None, features: int, variant: str) -> Tensor:
         values, meta = operand
+        tokens = x.shape[0]
+        x = pad_rows(x, N_STEP)
         if bias is None:
             y = torch._sparse_semi_structured_mm(values, meta, x.t())
         else:
             y = torch._sparse_semi_structured_addmm(bias, values, meta, x.t())
-        return y[:features].t()
+        return y[:features, :tokens].t()
 
     def weight_gradient(self, dy: Tensor, x: Tensor, seed: int, position: Tensor, variant: str) -> Tensor:
         raise NotImplementedError("`supports` says no")

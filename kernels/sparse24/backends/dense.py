@@ -18,9 +18,9 @@ class Dense(Backend):
         return True, ""
 
     def pack_weight(
-        self, weight: Tensor, mask: Tensor, dtype: torch.dtype, forward: bool, transpose: bool
+        self, weight: Tensor, mask: Tensor, scale: Tensor | None, dtype: torch.dtype, forward: bool, transpose: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
-        masked = ops.masked_weight(weight, mask, dtype)
+        masked = ops.sparse_weight(weight, mask, scale, dtype)
         return [masked] if forward else [], [masked.t()] if transpose else []
 
     def linear(self, operand: list[Tensor], x: Tensor, bias: Tensor | None, features: int, variant: str) -> Tensor:

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from sparse24 import ops
-from sparse24.backends.base import WEIGHT_GRADIENT, Backend, Product
+from sparse24.backends.base import WEIGHT_GRADIENT, Product
+from sparse24.backends.packed import PackedBackend
 from sparse24.fragments import Fragments
 
 
-class Gluon(Backend):
+class Gluon(PackedBackend):
     """`matmul.linear` and `matmul.outer` on fragment-ordered operands; a variant is a kernel of the manifest."""
 
     name = "gluon"
+    fragments = True
 
     def supports(self, product: Product, device: torch.device) -> tuple[bool, str]:
         if device.type != "cuda":
@@ -31,27 +33,12 @@ class Gluon(Backend):
 
         return matmul.variants(_form(product), product.dtype, _capability(device))
 
-    def pack_weight(
-        self, weight: Tensor, mask: Tensor, dtype: torch.dtype, forward: bool, transpose: bool
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        from sparse24.prune import prune_pack
-        from sparse24.transposable import pack_both
-
-        if forward and transpose:
-            packed, packed_t = pack_both(weight, "mask", dtype, mask=mask, fragments=True)
-            return [packed.values, packed.metadata], [packed_t.values, packed_t.metadata]
-        one = weight, mask
-        if transpose:
-            one = weight.t(), mask.t()
-        packed = prune_pack(one[0], "mask", dtype, mask=one[1], fragments=True)
-        tensors = [packed.values, packed.metadata]
-        return (tensors, []) if forward else ([], tensors)
-
     def linear(self, operand: list[Tensor], x: Tensor, bias: Tensor | None, features: int, variant: str) -> Tensor:
         from sparse24 import matmul
 
         fragments = Fragments(operand[0], operand[1], features, x.shape[1], x.dtype)
-        return matmul.linear(fragments, x, bias, variant=variant or None)
+        bias = None if bias is None else _aligned(bias)
+        return matmul.linear(fragments, _aligned(x), bias, variant=variant or None)
 
     def weight_gradient(self, dy: Tensor, x: Tensor, seed: int, position: Tensor, variant: str) -> Tensor:
         from sparse24 import matmul
@@ -59,7 +46,12 @@ class Gluon(Backend):
 
         packed = mvue_pack(dy, seed, position, x.dtype, fragments=True)
         assert isinstance(packed, Fragments)
-        return matmul.outer(packed, x, variant=variant or None)
+        return matmul.outer(packed, _aligned(x), variant=variant or None)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous and where the kernels can read it: the tensor, or a copy of what is a part of another one."""
+    return tensor.contiguous() if tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _form(product: Product) -> str:

@@ -6,16 +6,18 @@ import torch
 from torch import Tensor
 
 from sparse24 import ops
-from sparse24.backends.base import WEIGHT_GRADIENT, Backend, Product
+from sparse24.backends.base import WEIGHT_GRADIENT, Product
+from sparse24.backends.packed import PackedBackend
 from sparse24.packing import Packed
 
 MOST_TOKENS = 128  # beyond that a product is bound by arithmetic, which is that of the dense one
 
 
-class Triton(Backend):
+class Triton(PackedBackend):
     """`decompress.decompress_linear` on row-major packed weights, 9/16 of the dense bytes."""
 
     name = "triton"
+    fragments = False
 
     def supports(self, product: Product, device: torch.device) -> tuple[bool, str]:
         if not ops.HAS_TRITON:
@@ -29,20 +31,6 @@ class Triton(Backend):
         if product.dtype not in (torch.bfloat16, torch.float16):
             return False, f"needs bf16 or fp16, found {product.dtype}"
         return True, ""
-
-    def pack_weight(
-        self, weight: Tensor, mask: Tensor, dtype: torch.dtype, forward: bool, transpose: bool
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        from sparse24.prune import prune_pack
-        from sparse24.transposable import pack_both
-
-        if forward and transpose:
-            packed, packed_t = pack_both(weight, "mask", dtype, mask=mask)
-            return [packed.values, packed.metadata], [packed_t.values, packed_t.metadata]
-        one = (weight.t(), mask.t()) if transpose else (weight, mask)
-        packed = prune_pack(one[0], "mask", dtype, mask=one[1])
-        tensors = [packed.values, packed.metadata]
-        return (tensors, []) if forward else ([], tensors)
 
     def linear(self, operand: list[Tensor], x: Tensor, bias: Tensor | None, features: int, variant: str) -> Tensor:
         from sparse24.decompress import decompress_linear
