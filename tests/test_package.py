@@ -29,7 +29,9 @@ def test_contents(wheel):
     assert {
         f"sparse_pretrain/conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")
     } <= names
-    assert not any(name.startswith(("tests/", "kernels/")) for name in names)
+    shipped = {f"sparse24/cubins/{path.name}" for path in (ROOT / "kernels" / "sparse24" / "cubins").iterdir()}
+    assert shipped <= names
+    assert not any(name.startswith(("tests/", "kernels/", "benchmarks/")) for name in names)
 
 
 @pytest.mark.slow

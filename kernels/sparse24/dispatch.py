@@ -237,7 +237,12 @@ def _best_variant(backend: Backend, product: Product, problem: _Problem, device:
         return Row(kind, name, note=f"packing failed: {_first_line(error)}")
     times: list[tuple[float, str]] = []
     wrong, failed = [], ""
+    broken = backend.broken(device)
+    notes = []
     for variant in backend.variants(product, device):
+        if variant in broken:
+            notes.append(f"{variant}: {broken[variant]}")
+            continue
         try:
             off = problem.error(problem.run(backend, operand, variant))
         except Exception as error:  # an algorithm that the library does not have, or a kernel that does not compile
@@ -248,10 +253,10 @@ def _best_variant(backend: Backend, product: Product, problem: _Problem, device:
             wrong.append(f"{variant or name} is off by {off:.2g}")
             continue
         times.append((median_ms(lambda v=variant: problem.run(backend, operand, v), device, 5, 1), variant))  # type: ignore[misc]
-    note = ""
     if wrong:
-        note = f"wrong: {', '.join(wrong)}"
-        warnings.warn(f"sparse24: {name}, {kind} of {product.m}x{product.k}x{product.n}, {note}", stacklevel=2)
+        notes.append(f"wrong: {', '.join(wrong)}")
+        warnings.warn(f"sparse24: {name}, {kind} of {product.m}x{product.k}x{product.n}, {notes[-1]}", stacklevel=2)
+    note = ", ".join(notes)
     if not times:
         return Row(kind, name, note=note or failed or "no variant")
     finals = [

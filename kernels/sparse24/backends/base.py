@@ -64,6 +64,10 @@ class Backend(ABC):
         """Algorithms to choose from by measuring, best guess first; `""` where there is only one."""
         return [""]
 
+    def broken(self, device: torch.device) -> dict[str, str]:
+        """Variants that must not be used on this device, and why; to find out may take some seconds."""
+        return {}
+
     @abstractmethod
     def pack_weight(
         self, weight: Tensor, mask: Tensor, scale: Tensor | None, dtype: torch.dtype, forward: bool, transpose: bool

@@ -33,6 +33,11 @@ class Gluon(PackedBackend):
 
         return matmul.variants(_form(product), product.dtype, _capability(device))
 
+    def broken(self, device: torch.device) -> dict[str, str]:
+        from sparse24 import selftest
+
+        return selftest.broken(device.index or 0)
+
     def linear(self, operand: list[Tensor], x: Tensor, bias: Tensor | None, features: int, variant: str) -> Tensor:
         from sparse24 import matmul
 
