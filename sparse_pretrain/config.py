@@ -88,6 +88,7 @@ class RecipeConfig:
     weight_gradient: str = "dense"
     decay: DecayConfig = field(default_factory=DecayConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    fp8: bool = False  # products of e4m3 (forward) and e5m2 (gradients) values, one scale a tensor; weights stay fp32
     include: list[str] | None = None  # layer name patterns; null = the FFN of every block
     exclude: list[str] = field(default_factory=list)
 

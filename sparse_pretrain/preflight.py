@@ -65,6 +65,7 @@ def _check_recipe(recipe: RecipeConfig) -> None:
         for option, used in (
             ("recipe.weight_gradient", recipe.weight_gradient != "dense"),
             ("recipe.decay.factor", recipe.decay.factor > 0),
+            ("recipe.fp8", recipe.fp8),
             ("recipe.include", recipe.include is not None),
             ("recipe.exclude", bool(recipe.exclude)),
         ):

@@ -14,9 +14,13 @@ Why an `autograd.Function`: autograd would differentiate the projection, would m
 what the forward pass used, and has no place where dY could be pruned for one of the two products only. The
 bias gradient sums dY as it came, unpruned.
 
-Saved for the backward pass: X, Ŵ as the dX product wants it (the very tensors, no copy) and, for MVUE, where to
-find the random numbers: three integers instead of a mask, since they are a pure function of (seed, step, layer,
-position).
+In fp8 (S-STE, arXiv 2409.09099) every operand is quantised with one scale for the tensor, just before its product:
+
+    Y = E4M3(X) E4M3(Ŵ)ᵀ        dX = E5M2(dY) E5M2(Ŵ)        dW = E5M2(MVUE(dY))ᵀ E5M2(X)
+
+Saved for the backward pass: X (in fp8 only E5M2(X)), Ŵ as the dX product wants it (the very tensors, no copy) and,
+for MVUE, where to find the random numbers: three integers instead of a mask, since they are a pure function of (seed,
+step, layer, position).
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import torch
 from torch import Tensor
 
 from sparse24 import ops
+from sparse24.backends import split_choice
 from sparse24.backends.base import Operand
 
 
@@ -46,7 +51,7 @@ class MvueKey(NamedTuple):
 
 
 class SparseWeight(NamedTuple):
-    """The 2:4 weight of this step, packed for its products.
+    """The 2:4 weight of this step, packed for its products. In fp8 the last tensor of an operand is its scale.
 
     forward: operand (out_features, in_features) of Y = X Ŵᵀ.
     input_gradient: operand (in_features, out_features) of dX = dY Ŵ.
@@ -58,12 +63,23 @@ class SparseWeight(NamedTuple):
     weight_gradient: str = "dense"
 
 
+def fp8_weight(sparse_weight: Tensor, choice: str = "dense") -> SparseWeight:
+    """Ŵ (out_features, in_features) quantised: e4m3 as `choice` wants it for the forward product, e5m2 for dX."""
+    backend, _ = split_choice(choice)
+    quantized, scale = ops.fp8_quantize(sparse_weight, torch.float8_e4m3fn)
+    quantized_dx, scale_dx = ops.fp8_quantize(sparse_weight, torch.float8_e5m2)
+    return SparseWeight(
+        Operand(choice, [*backend.pack_fp8(quantized), scale]), Operand("dense", [quantized_dx.t(), scale_dx])
+    )
+
+
 def sparse_linear(
     x: Tensor,
     weight: Tensor,
     sparse_weight: Tensor | SparseWeight,
     bias: Tensor | None = None,
     mvue: MvueKey | None = None,
+    fp8: bool = False,
 ) -> Tensor:
     """y = x @ Ŵᵀ + bias, with the straight-through gradient given to `weight`.
 
@@ -77,9 +93,10 @@ def sparse_linear(
             gradient.
         bias: (out_features,) or None.
         mvue: if given, dY is pruned by `reference.mvue24` before dW = dYᵀX.
+        fp8: products of e4m3 and e5m2 values; `sparse_weight` is then dense, or from `fp8_weight`.
 
     Returns:
-        (..., out_features).
+        (..., out_features) in the dtype of autocast, else of x.
 
     Raises:
         ValueError: shapes do not fit.
@@ -90,7 +107,10 @@ def sparse_linear(
                 "weight and sparse_weight must both be (out_features, in_features); "
                 f"found {tuple(weight.shape)} and {tuple(sparse_weight.shape)}"
             )
-        sparse_weight = SparseWeight(Operand("dense", [sparse_weight]), Operand("dense", [sparse_weight.t()]))
+        if fp8:
+            sparse_weight = fp8_weight(sparse_weight.detach())
+        else:
+            sparse_weight = SparseWeight(Operand("dense", [sparse_weight]), Operand("dense", [sparse_weight.t()]))
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be (..., in_features={weight.shape[1]}); found {tuple(x.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -105,7 +125,7 @@ def sparse_linear(
         position = torch.cat([counter, layer.view(1)])
     choices = (forward.choice, input_gradient.choice, weight_choice)
     return _SparseLinear.apply(
-        x, weight, bias, seed, position, choices, len(forward.tensors), *forward.tensors, *input_gradient.tensors
+        x, weight, bias, seed, position, choices, fp8, len(forward.tensors), *forward.tensors, *input_gradient.tensors
     )
 
 
@@ -119,41 +139,55 @@ class _SparseLinear(torch.autograd.Function):
         seed: int,
         position: Tensor | None,
         choices: tuple[str, str, str],
+        fp8: bool,
         n_forward: int,
         *operands: Tensor,
     ) -> Tensor:
         ctx.x_dtype, ctx.weight_dtype, ctx.weight_shape = x.dtype, weight.dtype, weight.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.seed, ctx.choices = seed, choices
+        ctx.seed, ctx.choices, ctx.fp8 = seed, choices, fp8
         out_features = weight.shape[0]
         x = _autocast(x)
+        bias = None if bias is None else _autocast(bias)
         operand, operand_t = list(operands[:n_forward]), list(operands[n_forward:])
-        if choices[0] == "dense":
+        if choices[0] == "dense" and not fp8:
             operand = [_autocast(operand[0])]
-        if choices[1] == "dense":
+        if choices[1] == "dense" and not fp8:
             operand_t = [operand[0].t() if choices[0] == "dense" else _autocast(operand_t[0])]
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        saved_x, x_scale = x if needs_dw else None, None
+        if needs_dw and fp8:
+            saved_x, x_scale = ops.fp8_quantize(x, torch.float8_e5m2)
         ctx.save_for_backward(
-            x if needs_dw else None,
+            saved_x,
+            x_scale,
             position if needs_dw else None,
             *(operand_t if needs_dx else ()),
         )
-        return ops.linear(choices[0], operand, x, None if bias is None else _autocast(bias), out_features)
+        if fp8:
+            return ops.fp8_linear(choices[0], operand, x, torch.float8_e4m3fn, bias, out_features)
+        return ops.linear(choices[0], operand, x, bias, out_features)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, position, *operand_t = ctx.saved_tensors
+        x, x_scale, position, *operand_t = ctx.saved_tensors
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
         dx = dw = db = None
-        if needs_dx:
-            dx = ops.linear(ctx.choices[1], operand_t, dy, None, ctx.weight_shape[1]).to(ctx.x_dtype)
+        if needs_dx and ctx.fp8:
+            dx = ops.fp8_linear("dense", operand_t, dy, torch.float8_e5m2, None, ctx.weight_shape[1])
+        elif needs_dx:
+            dx = ops.linear(ctx.choices[1], operand_t, dy, None, ctx.weight_shape[1])
         tokens_dy = dy.flatten(0, -2) if dy.dim() > 1 else dy.unsqueeze(0)
         if needs_dw:
             tokens_x = x.reshape(-1, x.shape[-1])
-            dw = ops.weight_gradient(ctx.choices[2], tokens_dy, tokens_x, ctx.seed, position).to(ctx.weight_dtype)
+            if ctx.fp8:
+                dw = ops.fp8_weight_gradient(tokens_dy, tokens_x, x_scale, ctx.seed, position)
+            else:
+                dw = ops.weight_gradient(ctx.choices[2], tokens_dy, tokens_x, ctx.seed, position)
+            dw = dw.to(ctx.weight_dtype)
         if needs_db:
             db = tokens_dy.sum(dim=0).to(ctx.bias_dtype)
-        return dx, dw, db, *[None] * (len(ctx.needs_input_grad) - 3)
+        return None if dx is None else dx.to(ctx.x_dtype), dw, db, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
 def _autocast(tensor: Tensor) -> Tensor:

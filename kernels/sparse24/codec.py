@@ -250,13 +250,12 @@ def store_metadata(
 
 @triton.jit
 def load_values(
-    ptr, row_start, word_start, rows, words, R: tl.constexpr, W: tl.constexpr, PER_64: tl.constexpr,
-    FRAGMENTS: tl.constexpr
+    ptr, row_start, word_start, rows, words, R: tl.constexpr, W: tl.constexpr, FRAGMENTS: tl.constexpr
 ):  # fmt: skip
-    """The tile [R, W] that `store_values` stored, zero outside of the matrix."""
+    """The tile [R, W] that `store_values` stored (in fragment order: 16-bit values), zero outside of the matrix."""
     if FRAGMENTS:
         word = _load_rows(ptr, row_start // 16, word_start * 16, rows // 16, words * 16, R // 16, 16 * W)
-        word = tl.reshape(word, (R // 16, W // PER_64, PER_64 // 8, 8, 4, 2, 2))
+        word = tl.reshape(word, (R // 16, W // 16, 2, 8, 4, 2, 2))
         word = tl.reshape(tl.permute(word, (0, 6, 3, 1, 2, 5, 4)), (R, W))
     else:
         word = _load_rows(ptr, row_start, word_start, rows, words, R, W)
@@ -265,17 +264,13 @@ def load_values(
 
 @triton.jit
 def load_nibbles(
-    ptr, row_start, group_start, rows, words, R: tl.constexpr, G: tl.constexpr, FRAGMENTS: tl.constexpr,
-    FP8: tl.constexpr
+    ptr, row_start, group_start, rows, words, R: tl.constexpr, G: tl.constexpr, FRAGMENTS: tl.constexpr
 ):  # fmt: skip
-    """The tile [R, G] of nibbles, int32, that `store_metadata` stored."""
+    """The tile [R, G] of nibbles, int32, that `store_metadata` stored (in fragment order: for 16-bit values)."""
     W: tl.constexpr = G // 4
     if FRAGMENTS:
         word = _load_rows(ptr, row_start // 16, group_start * 4, rows // 16, words * 16, R // 16, 16 * W)
-        if FP8:
-            word = tl.permute(tl.reshape(word, (R // 16, W // 4, 8, 2, 2, 2)), (0, 4, 2, 1, 3, 5))
-        else:
-            word = tl.permute(tl.reshape(word, (R // 16, W // 4, 8, 4, 2)), (0, 4, 2, 1, 3))
+        word = tl.permute(tl.reshape(word, (R // 16, W // 4, 8, 4, 2)), (0, 4, 2, 1, 3))
         word = tl.reshape(word, (R, W))
     else:
         word = _load_rows(ptr, row_start, group_start // 4, rows, words, R, W)

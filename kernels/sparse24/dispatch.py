@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse24 import ops
+from sparse24 import ops, reference
+from sparse24.autograd import fp8_weight
 from sparse24.backends import BACKENDS
 from sparse24.backends.base import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Backend, Product
 from sparse24.reference import TRANSPOSABLE_PATTERNS
@@ -32,7 +33,8 @@ from sparse24.timing import median_ms
 
 # ‖sparse - dense‖ / ‖dense‖ over the whole result: rounding of a 16-bit result gives about 3e-3 in bf16; a product
 # with a wrong element order or a missing tile is far above.
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
+# In e4m3 too the result is bf16, and what it is compared with is the emulated product of the same values.
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4, torch.float8_e4m3fn: 1e-2}
 MARGIN = 0.02  # of dense's time that another backend must save
 FINALISTS = 3  # variants of a backend that are timed again with more repetitions
 AUTO = "auto"
@@ -47,6 +49,7 @@ class LayerShape:
     transposable: whether the mask is 2:4 along the columns too, so that dX may be sparse.
     mvue: whether dY is pruned, so that dW may be.
     micro_batches: products per packing, i.e. the accumulation.
+    fp8: whether products are of fp8 values; sparse backends then serve the forward one, in e4m3.
     """
 
     tokens: int
@@ -56,13 +59,17 @@ class LayerShape:
     transposable: bool
     mvue: bool
     micro_batches: int = 1
+    fp8: bool = False
 
     def product(self, kind: str) -> Product:
-        return Product(kind, self.tokens, self.out_features, self.in_features, self.dtype)
+        dtype = torch.float8_e4m3fn if self.fp8 else self.dtype
+        return Product(kind, self.tokens, self.out_features, self.in_features, dtype)
 
     def sparse_kinds(self) -> list[str]:
         """The products that a sparse backend may serve."""
         kinds = [FORWARD]
+        if self.fp8:
+            return kinds
         if self.transposable:
             kinds.append(INPUT_GRADIENT)
         if self.mvue:
@@ -195,10 +202,16 @@ class _Problem:
         self.position = torch.tensor([1, 0, 0], device=device)
         self.dtype = shape.dtype
         self.micro_batches = shape.micro_batches
+        self.fp8 = shape.fp8
+        if self.fp8:  # not by the dense backend, whose own fp8 product is to be checked too
+            self.expected = reference.fp8_forward(self.x, self.weight * self.mask).to(self.dtype)
+            return
         operand = self.pack(BACKENDS["dense"]) if kind != WEIGHT_GRADIENT else []
         self.expected = self.run(BACKENDS["dense"], operand, "")
 
     def pack(self, backend: Backend) -> list[Tensor]:
+        if self.fp8:
+            return fp8_weight(self.weight * self.mask, backend.name).forward.tensors
         forward = self.kind == FORWARD
         return backend.pack_weight(self.weight, self.mask, None, self.dtype, forward, not forward)[0 if forward else 1]
 
@@ -207,6 +220,8 @@ class _Problem:
         choice = f"{backend.name}:{variant}" if variant else backend.name
         if self.kind == WEIGHT_GRADIENT:
             return ops.weight_gradient(choice, self.dy, self.x, 0, self.position)
+        if self.fp8:
+            return ops.fp8_linear(choice, operand, self.x, torch.float8_e4m3fn, None, self.weight.shape[0])
         features = self.weight.shape[0 if self.kind == FORWARD else 1]
         return ops.linear(choice, operand, self.x if self.kind == FORWARD else self.dy, None, features)
 
@@ -335,6 +350,7 @@ def table(shape: LayerShape, plan: Plan, rows: list[Row]) -> str:
     """The measurements as text, one line per product and backend, the chosen ones marked."""
     lines = [
         f"{shape.out_features}x{shape.in_features}, {shape.tokens} tokens, {str(shape.dtype).removeprefix('torch.')}"
+        + (", fp8" if shape.fp8 else "")
         + (f", {shape.micro_batches} micro-batches" if shape.micro_batches > 1 else "")
     ]
     dense = {

@@ -1,4 +1,5 @@
-"""FP8 with one scale for the whole tensor: amax, then quantisation, on request with the transpose in the same pass.
+"""FP8 with one scale for the whole tensor: amax, then quantisation, on request with the transpose in the same pass;
+and a quantised 2:4 matrix packed in fragment order.
 
 e4m3fn is meant for weights and activations, e5m2 for gradients (Micikevicius et al., "FP8 formats for deep
 learning", arXiv 2209.05433; S-STE trains so, arXiv 2409.09099).
@@ -14,12 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse24.codec import kept_pair, load_values, nibble_of_keep, store_metadata, store_values, two_largest
+from sparse24.fragments import Fragments, packed_output
+from sparse24.reference import SMALLEST_FP8_SCALE
+
 # mantissa bits, exponent bias, largest finite value
 FORMATS = {torch.float8_e4m3fn: (3, 7, 448.0), torch.float8_e5m2: (2, 15, 57344.0)}
-SMALLEST_SCALE = 2.0**-126
 _INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 2048  # elements a program
 _TILE = (64, 64)
+_PACKING_TILE = (16, 64)  # rows, groups
 
 
 def amax(x: Tensor) -> Tensor:
@@ -114,7 +119,7 @@ def quantize(
             mantissa,
             bias,
             largest,
-            SMALLEST_SCALE,
+            SMALLEST_FP8_SCALE,
             block_rows,
             block_cols,
             num_warps=4,
@@ -124,6 +129,35 @@ def quantize(
 
 
 _amax_of = amax
+
+
+def pack_fragments(quantized: Tensor) -> Fragments:
+    """A 2:4 matrix in fp8 in fragment order: the two largest |q| of each group of four of a row, bit for bit.
+
+    Args:
+        quantized: (rows, cols) of either fp8 dtype, contiguous, at most two non-zeros in each group (not checked);
+            rows a multiple of 16, cols of 64.
+
+    Raises:
+        ValueError: the shape or the dtype does not fit, or it is not contiguous.
+    """
+    if quantized.dim() != 2 or quantized.dtype not in FORMATS or not quantized.is_contiguous():
+        raise ValueError(
+            f"quantized must be a contiguous matrix in float8_e4m3fn or float8_e5m2; found {quantized.dtype} of "
+            f"{tuple(quantized.shape)} with strides {quantized.stride()}"
+        )
+    rows, cols = quantized.shape
+    out = packed_output(rows, cols, quantized.dtype, quantized.device, fragments=True)
+    assert isinstance(out, Fragments)
+    groups, (tile_rows, tile_groups) = cols // 4, _PACKING_TILE
+    grid = triton.cdiv(rows, tile_rows) * triton.cdiv(groups, tile_groups)
+    if grid:
+        with torch.cuda.device_of(quantized):
+            _pack_fragments[(grid,)](
+                quantized.view(torch.int32), out.values, out.metadata.view(torch.int16), rows, groups,
+                R=tile_rows, G=tile_groups, num_warps=4,
+            )  # fmt: skip
+    return out
 
 
 def _check_input(x: Tensor) -> None:
@@ -201,3 +235,24 @@ def _quantize_kernel(
     if qt_ptr is not None:
         row, col, inside = tl.trans(row), tl.trans(col), tl.trans(inside)
         tl.store(qt_ptr + col * rows + row, tl.trans(q), mask=inside)
+
+
+@triton.jit
+def _pack_fragments(q_ptr, values_ptr, metadata_ptr, rows, groups, R: tl.constexpr, G: tl.constexpr):
+    """One tile of R rows and G groups. q_ptr: a group of four a 32-bit word."""
+    column_tiles = tl.cdiv(groups, G)
+    row_start = tl.program_id(0) // column_tiles * R
+    group_start = tl.program_id(0) % column_tiles * G
+    word = load_values(q_ptr, row_start, group_start, rows, groups, R, G, False)
+    x0, x1, x2, x3 = word & 255, (word >> 8) & 255, (word >> 16) & 255, (word >> 24) & 255
+    keep = two_largest(_rank(x0), _rank(x1), _rank(x2), _rank(x3))
+    first, second = kept_pair(keep, x0, x1, x2, x3)
+    even, odd = tl.split(tl.reshape(first | (second << 8), (R, G // 2, 2)))
+    store_values(values_ptr, even | (odd << 16), row_start, group_start // 2, rows, groups // 2, 8, True)
+    store_metadata(metadata_ptr, nibble_of_keep(keep), row_start, group_start, rows, groups // 4, True, True)
+
+
+@triton.jit
+def _rank(x):
+    """Bits of fp8 without their sign are in the order of the magnitudes, NaN last."""
+    return (x & 127).to(tl.float32)

@@ -157,3 +157,92 @@ def weight_gradient(choice: str, dy: Tensor, x: Tensor, seed: int, position: Ten
     if choice == "dense":
         return reference.linear_dw(mvue_prune(dy, seed, position), x)
     return _weight_gradient(choice, dy, x, seed, position)
+
+
+# --- in the model, in fp8 ---
+
+
+@torch.library.custom_op(
+    "sparse24::fp8_quantize", mutates_args=(), schema="(Tensor x, ScalarType dtype) -> (Tensor, Tensor)"
+)
+def _fp8_quantize_kernel(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    from sparse24 import fp8
+
+    q, scale = fp8.quantize(x, dtype)  # type: ignore[misc]
+    return q, scale
+
+
+@_fp8_quantize_kernel.register_fake
+def _(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((), dtype=torch.float32)
+
+
+def fp8_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`reference.fp8_quantize`: q, contiguous, and its scale."""
+    return _fp8_quantize_kernel(x, dtype) if use_kernels(x) else reference.fp8_quantize(x, dtype)
+
+
+@torch.library.custom_op(
+    "sparse24::fp8_linear",
+    mutates_args=(),
+    schema=(
+        "(str choice, Tensor[] operand, Tensor x, Tensor scale, Tensor? bias, int features, ScalarType dtype) -> Tensor"
+    ),
+)
+def _fp8_linear(
+    choice: str,
+    operand: list[Tensor],
+    x: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    from sparse24.backends import split_choice
+
+    if not x.shape[0]:
+        return x.new_empty(0, features, dtype=dtype)
+    backend, variant = split_choice(choice)
+    return backend.fp8_linear(operand, x, scale, bias, features, variant, dtype).contiguous()
+
+
+@_fp8_linear.register_fake
+def _(
+    choice: str,
+    operand: list[Tensor],
+    x: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(x.shape[0], features, dtype=dtype)
+
+
+def fp8_linear(
+    choice: str, operand: list[Tensor], x: Tensor, dtype: torch.dtype, bias: Tensor | None, features: int
+) -> Tensor:
+    """x (..., k), quantised to `dtype` here, times the transpose of an operand (features, k) of `pack_fp8` with its
+    scale behind it, plus bias: (..., features) in x's dtype."""
+    *matrix, weight_scale = operand
+    q, scale = fp8_quantize(x.reshape(-1, x.shape[-1]), dtype)
+    scale = scale * weight_scale
+    if choice == "dense" and not q.is_cuda:
+        y = fp8_linear_emulated(matrix[0], q, scale, bias, x.dtype)
+    else:
+        y = _fp8_linear(choice, matrix, q, scale, bias, features, x.dtype)
+    return y.view(*x.shape[:-1], features)
+
+
+def fp8_linear_emulated(weight: Tensor, x: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """scale · x weightᵀ + bias, rounded once to `dtype`: weight (features, k) and x (tokens, k) in fp8."""
+    y = reference.fp8_matmul(x, weight.t(), scale)
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def fp8_weight_gradient(dy: Tensor, x: Tensor, x_scale: Tensor, seed: int, position: Tensor | None) -> Tensor:
+    """dW = E5M2(dY)ᵀ x in float32, dY pruned by MVUE first if `position` is given; x and its scale quantised."""
+    if position is not None:
+        dy = mvue_prune(dy, seed, position)
+    q, scale = fp8_quantize(dy, torch.float8_e5m2)
+    return reference.fp8_matmul(q.t(), x, scale * x_scale)

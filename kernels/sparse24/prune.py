@@ -280,12 +280,12 @@ def _unpack(
     column_tiles = tl.cdiv(groups, G)
     row_start = tl.program_id(0) // column_tiles * R
     group_start = tl.program_id(0) % column_tiles * G
-    position = load_nibbles(metadata_ptr, row_start, group_start, rows, words, R, G, FRAGMENTS, False)
+    position = load_nibbles(metadata_ptr, row_start, group_start, rows, words, R, G, FRAGMENTS)
     if dense_ptr.dtype.element_ty == tl.int32:
-        word = load_values(values_ptr, row_start, 2 * group_start, rows, 2 * groups, R, 2 * G, 16, False)
+        word = load_values(values_ptr, row_start, 2 * group_start, rows, 2 * groups, R, 2 * G, False)
         first, second = tl.split(tl.reshape(word, (R, G, 2)))
     else:
-        word = load_values(values_ptr, row_start, group_start, rows, groups, R, G, 16, FRAGMENTS)
+        word = load_values(values_ptr, row_start, group_start, rows, groups, R, G, FRAGMENTS)
         first, second = word.to(tl.int16), (word >> 16).to(tl.int16)
     at_first, at_second = position & 3, position >> 2
     entries = join4(

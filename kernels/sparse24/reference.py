@@ -1,7 +1,7 @@
 """What each 2:4 operator means, in plain PyTorch on any device: the truth every kernel is tested against.
 
-Here are the masks, the soft threshold, the unbiased pruning of gradients (MVUE) and the three products of a
-linear layer; packing and random numbers have files of their own and are found here too.
+Here are the masks, the soft threshold, the unbiased pruning of gradients (MVUE), the three products of a linear
+layer, and the same in fp8; packing and random numbers have files of their own and are found here too.
 
 Shapes: weight (out_features, in_features), activations and their gradients (tokens, features). A *group* is
 four consecutive elements along the contraction dimension: in_features for weights, tokens for gradients.
@@ -21,6 +21,11 @@ from sparse24.philox import uniform24
 __all__ = [
     "TRANSPOSABLE_PATTERNS",
     "Packed",
+    "fp8_dw",
+    "fp8_dx",
+    "fp8_forward",
+    "fp8_matmul",
+    "fp8_quantize",
     "linear_dw",
     "linear_dx",
     "linear_forward",
@@ -316,3 +321,64 @@ def linear_dw(dy: Tensor, x: Tensor, uniform: Tensor | None = None) -> Tensor:
     if uniform is not None:
         dy = mvue24(dy, uniform)
     return dy.t() @ x
+
+
+# --- the same in fp8: e4m3 forward, e5m2 for whatever meets a gradient (S-STE, arXiv 2409.09099) ---
+
+SMALLEST_FP8_SCALE = 2.0**-126  # its reciprocal is finite
+
+
+def fp8_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """q and scale with q·scale ≈ x: q = fp8(x·(1/scale)), one scale for the tensor, from its amax as it is now.
+
+    The scale is amax / (largest finite value of the dtype): at least 2⁻¹²⁶, and 1 if amax is 0. Rounded to nearest,
+    ties to even. If amax is not finite then the scale is not either, and every product with it is infinite or NaN.
+
+    Args:
+        x: floating point, any shape and strides; computed in float32.
+        dtype: `torch.float8_e4m3fn` or `torch.float8_e5m2`.
+
+    Returns:
+        q, contiguous, of x's shape; scale, 0-dim float32.
+    """
+    x = x.detach().float().contiguous()
+    largest = torch.finfo(dtype).max
+    amax = x.abs().amax() if x.numel() else x.new_zeros(())
+    scale = amax / torch.full_like(amax, largest)  # by a tensor: CUDA multiplies by the reciprocal of a number
+    scale = torch.where(scale < SMALLEST_FP8_SCALE, torch.where(amax == 0, 1.0, SMALLEST_FP8_SCALE), scale)
+    return (x * scale.reciprocal()).clamp(-largest, largest).to(dtype), scale
+
+
+def fp8_matmul(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """scale · a b in float32, whether autocast is on or not: fp8 values, multiplied exactly, added up in float32.
+
+    Args:
+        a: (m, k), of either fp8 dtype.
+        b: (k, n), of either fp8 dtype.
+        scale: 0-dim float32, the product of both scales.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda:  # bf16 holds every fp8 value, and its products are exact in float32
+            return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32) * scale
+        return a.float() @ b.float() * scale
+
+
+def fp8_forward(x: Tensor, sparse_weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Y = E4M3(X) E4M3(Ŵ)ᵀ + b in float32; arguments as for `linear_forward`."""
+    (x, scale), (weight, weight_scale) = (fp8_quantize(t, torch.float8_e4m3fn) for t in (x, sparse_weight))
+    y = fp8_matmul(x, weight.t(), scale * weight_scale)
+    return y if bias is None else y + bias
+
+
+def fp8_dx(dy: Tensor, sparse_weight: Tensor) -> Tensor:
+    """dX = E5M2(dY) E5M2(Ŵ) in float32; arguments as for `linear_dx`."""
+    (dy, scale), (weight, weight_scale) = (fp8_quantize(t, torch.float8_e5m2) for t in (dy, sparse_weight))
+    return fp8_matmul(dy, weight, scale * weight_scale)
+
+
+def fp8_dw(dy: Tensor, x: Tensor, uniform: Tensor | None = None) -> Tensor:
+    """dW = E5M2(dY)ᵀ E5M2(X) in float32, dY pruned before it is quantised; arguments as for `linear_dw`."""
+    if uniform is not None:
+        dy = mvue24(dy, uniform)
+    (dy, scale), (x, x_scale) = (fp8_quantize(t, torch.float8_e5m2) for t in (dy, x))
+    return fp8_matmul(dy.t(), x, scale * x_scale)

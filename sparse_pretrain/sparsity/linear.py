@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from sparse24 import ops
-from sparse24.autograd import MvueKey, SparseWeight, sparse_linear
+from sparse24.autograd import MvueKey, SparseWeight, fp8_weight, sparse_linear
 from sparse24.backends import split_choice
 from sparse24.backends.base import Operand
 from sparse24.dispatch import Plan
@@ -28,13 +29,14 @@ class SparseLinear(nn.Module):
         projection: `magnitude`, `transposable`, or `soft_threshold` (S-STE: Ŵ = β·S(W); β is computed here, from the
             weight as it is now, and is the buffer `scale` from then on).
         weight_gradient: `dense`, or `mvue` to prune dY without bias before dW = dYᵀX.
+        fp8: products of e4m3 (forward) and e5m2 (gradients) values; Ŵ is held in both, quantised once per `project`.
     """
 
     mask: Tensor
     scale: Tensor | None
     sparse_weight: Tensor | None
 
-    def __init__(self, dense: nn.Module, projection: str, weight_gradient: str = "dense") -> None:
+    def __init__(self, dense: nn.Module, projection: str, weight_gradient: str = "dense", fp8: bool = False) -> None:
         super().__init__()
         self._dense = (dense,)  # in a tuple, so that it is no submodule: given back by `densify`
         self.transposed = is_conv1d(dense)
@@ -43,6 +45,7 @@ class SparseLinear(nn.Module):
         self.out_features, self.in_features = self._out_by_in(self.weight).shape
         self.projection = projection
         self.weight_gradient = weight_gradient
+        self.fp8 = fp8
         self.mvue: MvueKey | None = None  # set by SparseTraining
         self.plan = Plan()  # dense products, until `sparsity.products` has measured
         self.product_dtype = self.weight.dtype
@@ -74,6 +77,10 @@ class SparseLinear(nn.Module):
     def project(self) -> None:
         """Recompute Ŵ, which is M⊙W or β·S(W), from the master weight and go on with it."""
         weight, mask, scale = self._out_by_in(self.weight), self._out_by_in(self.mask), self.scale
+        if self.fp8:
+            dense = ops.sparse_weight(weight, mask, scale, torch.float32)
+            self._hold(fp8_weight(dense, self.plan.forward))
+            return
         if self.plan.forward == self.plan.input_gradient == "dense":
             self.packed = None
             if self.sparse_weight is None or self.sparse_weight.dtype != self.product_dtype:
@@ -89,17 +96,22 @@ class SparseLinear(nn.Module):
         else:
             operand, _ = forward.pack_weight(weight, mask, scale, dtype, forward=True, transpose=False)
             _, operand_t = transpose.pack_weight(weight, mask, scale, dtype, forward=False, transpose=True)
-        if self.packed is None:
-            self.packed = SparseWeight(
+        self._hold(
+            SparseWeight(
                 Operand(self.plan.forward, operand),
                 Operand(self.plan.input_gradient, operand_t),
                 self.plan.weight_gradient,
             )
+        )
+
+    def _hold(self, packed: SparseWeight) -> None:
+        """Go on with this Ŵ, in the memory of the one before, where a captured CUDA graph will look for it."""
+        if self.packed is None or _choices(self.packed) != _choices(packed):
+            self.packed = packed
             return
-        # into the same memory, where a captured CUDA graph will look for it
-        held = self.packed.forward.tensors + self.packed.input_gradient.tensors
-        for old, new in zip(held, operand + operand_t, strict=True):
-            old.copy_(new)
+        for old, new in zip(self.packed[:2], packed[:2], strict=True):
+            for old_tensor, new_tensor in zip(old.tensors, new.tensors, strict=True):
+                old_tensor.copy_(new_tensor)
 
     @torch.no_grad()
     def current_weight(self) -> Tensor:
@@ -119,14 +131,15 @@ class SparseLinear(nn.Module):
             return F.linear(x, weight, self.bias)
         if self.weight_gradient == "mvue" and self.mvue is None and torch.is_grad_enabled():
             raise RuntimeError("a layer with weight_gradient=mvue trains only under a SparseTraining")
-        if self.packed is not None and x.dtype != self.product_dtype and not torch.is_autocast_enabled(x.device.type):
+        packed = self.packed is not None and not self.fp8
+        if packed and x.dtype != self.product_dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(
                 f"x must be {self.product_dtype}, as the packed weight, or under autocast; found {x.dtype}"
             )
-        return sparse_linear(x, weight, sparse_weight, self.bias, self.mvue)
+        return sparse_linear(x, weight, sparse_weight, self.bias, self.mvue, self.fp8)
 
     def dense_layer(self) -> nn.Module:
-        """The swapped layer, holding the weight that this one computes with now."""
+        """The swapped layer, holding the weight that this one computes with now (in fp8: before it is quantised)."""
         (dense,) = self._dense
         dense.weight = self.weight
         dense.register_parameter("bias", self.bias)
@@ -134,6 +147,14 @@ class SparseLinear(nn.Module):
             # A Parameter of its own: the master weight may be tied to another layer, which goes on using it.
             dense.weight = nn.Parameter(self._out_by_in(self.current_weight()).contiguous())
         return dense.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """A fp8 Ŵ is in no buffer, which a change of dtype would change: after a move it is made anew."""
+        super()._apply(fn, recurse)
+        if self.fp8 and self.packed is not None and self.packed.forward.choice == "dense":
+            self.packed = None
+            self.project()
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Loads dense checkpoints too: without a mask in them, mask and scale are recomputed from the loaded weight."""
@@ -154,8 +175,12 @@ class SparseLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"projection={self.projection}, weight_gradient={self.weight_gradient}"
+            f"projection={self.projection}, weight_gradient={self.weight_gradient}, fp8={self.fp8}"
         )
+
+
+def _choices(packed: SparseWeight) -> tuple[str, str, str]:
+    return packed.forward.choice, packed.input_gradient.choice, packed.weight_gradient
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -48,6 +48,7 @@ def choose_plans(
             transposable=layer.projection == "transposable",
             mvue=layer.weight_gradient == "mvue",
             micro_batches=micro_batches,
+            fp8=layer.fp8,
         )
         try:
             plans[name], rows = choose(shape, device, backend, cache)

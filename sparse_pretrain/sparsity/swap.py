@@ -45,7 +45,7 @@ def sparsify(
     for row in rows:
         if row.sparse:
             dense = model.get_submodule(row.name)
-            swapped[dense] = SparseLinear(dense, recipe.projection, recipe.weight_gradient)
+            swapped[dense] = SparseLinear(dense, recipe.projection, recipe.weight_gradient, recipe.fp8)
     for name, module in _linears(model).items():
         if module in swapped:
             replace(model, name, swapped[module])

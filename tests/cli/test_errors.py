@@ -48,6 +48,8 @@ def error_of(capsys, *arguments: str) -> str:
         (["train", "recipe.schedule.dense_warmup=0.9"], "recipe.schedule.dense_finetune: found 0.166667 with recipe.schedule.dense_warmup=0.9"),
         (["train", "recipe=ste", "recipe.decay.factor=1e-4"], "recipe.decay.place: found none with a decay factor above 0"),
         (["train", "recipe=dense", "recipe.weight_gradient=mvue"], "recipe.weight_gradient: found set for a dense recipe"),
+        (["train", "recipe=dense", "recipe.fp8=true"], "recipe.fp8: found set for a dense recipe; allowed: this only with recipe.projection other than none"),
+        (["train", "recipe=s_ste", "recipe.fp8=e4m3"], "recipe.fp8: found 'e4m3'; allowed: true or false"),
         (["train", "trainer.precision=fp8"], "trainer.precision: found fp8; allowed: auto, fp32, bf16, fp16"),
         (["train", "name=a/b"], "name: found 'a/b'; allowed: letters"),
         (["train", "trainer.steps=1,2"], "trainer.steps=1,2: found several values; allowed: one value, or -m"),

@@ -204,6 +204,12 @@ CASES |= {
     "quantize_bf16_e4m3": _fp8("bf16", 3),
     "quantize_bf16_e4m3_transposed": _fp8("bf16", 3, transposed=True),
     "quantize_fp32_e5m2": _fp8("fp32", 2),
+    "pack_fragments_fp8": {
+        "kernel": "fp8._pack_fragments",
+        "args": {"q_ptr": "*i32", "values_ptr": "*i32", "metadata_ptr": "*i16", "rows": "i32", "groups": "i32"},
+        "constants": {"R": 16, "G": 64},
+        "elements": 4096,
+    },
 }
 
 

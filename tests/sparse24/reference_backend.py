@@ -1,5 +1,6 @@
 """A backend in plain PyTorch, for tests of everything around backends."""
 
+import torch
 from sparse24 import ops
 from sparse24.backends.base import Backend
 from sparse24.packing import Packed, pack, unpack
@@ -25,6 +26,15 @@ class Reference(Backend):
     def linear(self, operand, x, bias, features, variant):
         y = x @ unpack(Packed(*operand, cols=x.shape[1])).t()
         return y if bias is None else y + bias
+
+    def pack_fp8(self, quantized):
+        integers = quantized.view(torch.uint8)
+        packed = pack(integers.masked_fill(integers == 128, 0))  # -0
+        return [packed.values, packed.metadata]
+
+    def fp8_linear(self, operand, x, scale, bias, features, variant, dtype):
+        weight = unpack(Packed(*operand, cols=x.shape[1])).view(x.dtype)
+        return ops.fp8_linear_emulated(weight, x, scale, bias, torch.bfloat16).to(dtype)
 
     def weight_gradient(self, dy, x, seed, position, variant):
         return unpack(pack(ops.mvue_prune(dy, seed, position).t())) @ x

@@ -4,9 +4,14 @@ import shutil
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
+from sparse24 import ops
 from sparse24.autograd import MvueKey, sparse_linear
 from sparse24.reference import (
+    fp8_dw,
+    fp8_dx,
+    fp8_forward,
     linear_dw,
     linear_dx,
     linear_forward,
@@ -157,20 +162,117 @@ def test_activation_checkpointing():
         assert torch.equal(plain, checkpointed)
 
 
+def rounded(x, dtype):
+    """x as fp8 values with one scale see it, in float64: the published formula."""
+    factor = torch.finfo(dtype).max / x.abs().max().float()
+    return (x.float() * factor).to(dtype).double() / factor.double()
+
+
+@pytest.mark.parametrize("leading", [(35,), (5, 7), ()])
+@pytest.mark.parametrize("mvue", [None, key()])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fp8_values_and_gradients(leading, mvue, autocast):
+    x, weight, sparse, bias, dy = layer(leading)
+    dtype = torch.bfloat16 if autocast else torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = sparse_linear(x, weight, sparse, bias, mvue, fp8=True)
+    assert y.dtype == dtype
+    dy = dy.to(dtype)
+    y.backward(dy)
+    assert x.grad.dtype == weight.grad.dtype == bias.grad.dtype == torch.float32
+    near = {"rtol": 1e-2, "atol": 1e-2} if autocast else {"rtol": 1e-5, "atol": 1e-5}
+    rows_x, rows_dy = x.detach().to(dtype).reshape(-1, IN), dy.reshape(-1, OUT)
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    expected = rounded(rows_x, e4m3) @ rounded(sparse, e4m3).t() + bias.detach().to(dtype)
+    torch.testing.assert_close(y.reshape(-1, OUT).double(), expected, **near)
+    expected = rounded(rows_dy, e5m2) @ rounded(sparse, e5m2)
+    torch.testing.assert_close(x.grad.reshape(-1, IN).double(), expected, **near)
+    if mvue is not None:
+        rows_dy = mvue24(rows_dy, uniform24(1, 3, 2, rows_dy.shape[0], OUT, first_token=8))
+    expected = rounded(rows_dy, e5m2).t() @ rounded(rows_x, e5m2)
+    torch.testing.assert_close(weight.grad.double(), expected, rtol=1e-5, atol=1e-5)  # float32 under autocast too
+    torch.testing.assert_close(bias.grad, dy.reshape(-1, OUT).sum(0).float(), **near)
+
+
+def test_fp8_products_are_those_of_the_reference():
+    x, weight, sparse, bias, dy = layer((36,))
+    y = sparse_linear(x, weight, sparse, bias, key(), fp8=True)
+    y.backward(dy)
+    x = x.detach()
+    assert torch.equal(y, fp8_forward(x, sparse, bias))
+    assert torch.equal(weight.grad, fp8_dw(dy, x, uniform24(1, 3, 2, 36, OUT, first_token=8)))
+    y = sparse_linear(leaf := x.clone().requires_grad_(), weight, sparse, None, fp8=True)
+    y.backward(dy)
+    assert torch.equal(leaf.grad, fp8_dx(dy, sparse))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="no interpreter beside a GPU")
+def test_fp8_by_the_kernels_gives_the_same_bits(monkeypatch):
+    """Quantisation and MVUE as on a GPU, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    results = []
+    for kernels in (False, True):
+        monkeypatch.setattr(ops, "use_kernels", lambda tensor, kernels=kernels: kernels)
+        x, weight, sparse, bias, dy = layer((36,))
+        y = sparse_linear(x, weight, sparse, bias, key(), fp8=True)
+        y.backward(dy)
+        results.append((y, x.grad, weight.grad, bias.grad))
+    assert all(map(torch.equal, *results))
+
+
+def test_the_error_of_fp8_is_within_its_bound():
+    """Half a unit in the last of 3 mantissa bits, or half the spacing of the subnormals, for either factor."""
+    x, weight, sparse, _, _ = layer((64,))
+
+    def bound(t):
+        return t.abs() * 2.0**-4 + t.abs().max() / 448 * 2.0**-10
+
+    y = sparse_linear(x, weight, sparse, fp8=True)
+    x = x.detach()
+    off = bound(x) @ sparse.abs().t() + x.abs() @ bound(sparse).t() + bound(x) @ bound(sparse).t()
+    assert ((y - x @ sparse.t()).abs() <= off).all()
+    assert (y - x @ sparse.t()).norm() < 0.05 * (x @ sparse.t()).norm()
+
+
+def test_fp8_saves_a_byte_an_entry():
+    x, weight, sparse, bias, _ = layer((35,))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        sparse_linear(x, weight, sparse, bias, key(), fp8=True)
+    assert [(t.dtype, t.shape) for t in saved if t.dim() == 2] == [
+        (torch.float8_e5m2, (35, IN)),
+        (torch.float8_e5m2, (IN, OUT)),
+    ]
+
+
+def test_fp8_without_tokens():
+    x, weight, sparse, bias, dy = layer((0,))
+    sparse_linear(x, weight, sparse, bias, key(), fp8=True).backward(dy)
+    assert x.grad.shape == (0, IN)
+    assert torch.equal(weight.grad, torch.zeros(OUT, IN))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
-def test_compiled_whole_and_once():
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+# without it a rounding to bf16 may be left out, and the next one, to fp8, is to another value
+@torch._inductor.config.patch(emulate_precision_casts=True)
+def test_compiled_whole_and_once(fp8, autocast):
+    torch._dynamo.reset()
     counts = CompileCounterWithBackend("inductor")
     compiled = torch.compile(sparse_linear, fullgraph=True, backend=counts)
     for step, first_token in [(3, 8), (4, 8), (5, 12)]:
         results = []
         for function in (sparse_linear, compiled):
             x, weight, sparse, bias, dy = layer((36,))
-            y = function(x, weight, sparse, bias, key(step, first_token))
-            y.backward(dy)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                y = function(x, weight, sparse, bias, key(step, first_token), fp8)
+            y.backward(dy.to(y.dtype))
             results.append((y.detach(), x.grad, weight.grad, bias.grad))
+        near = 2e-2 if autocast else 1e-4
         for plain, fast in zip(*results, strict=True):
-            torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(fast, plain, rtol=near, atol=near)
     assert counts.frame_count == 1
 
 

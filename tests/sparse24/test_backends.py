@@ -4,12 +4,21 @@ import pytest
 import torch
 from sparse24 import ops
 from sparse24.backends import BACKENDS, cutlass, gluon, split_choice
+from sparse24.backends import dense as dense_backend
 from sparse24.backends.base import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Product
 from sparse24.fragments import Fragments, from_fragments
 from sparse24.packing import Packed, pack, unpack
-from sparse24.reference import mvue24, soft_threshold, soft_threshold_scale, transposable_mask, uniform24
+from sparse24.reference import (
+    fp8_quantize,
+    mvue24,
+    soft_threshold,
+    soft_threshold_scale,
+    transposable_mask,
+    uniform24,
+)
 
 POSITION = torch.tensor([3, 8, 2])
+E4M3 = torch.float8_e4m3fn
 
 
 def weight_and_mask(rows, cols):
@@ -177,6 +186,105 @@ def _check_library(name, variant, weight_gradient=True, tokens=32):
         pruned = mvue24(dy, uniform24(1, 3, 2, tokens, 64, 8))
         found = backend.weight_gradient(dy, x, 1, POSITION, variant)
         torch.testing.assert_close(found, pruned.t() @ x)
+
+
+# --- fp8 ---
+
+
+def fp8_problem(tokens=32):
+    """Ŵ in e4m3, x in e4m3, scale, bias, and the product in float32."""
+    weight, mask = weight_and_mask(128, 192)
+    (quantized, weight_scale), (x, scale) = (
+        fp8_quantize(weight * mask, E4M3),
+        fp8_quantize(torch.randn(tokens, 192), E4M3),
+    )
+    bias = torch.randn(128).bfloat16()
+    scale = scale * weight_scale
+    return quantized, x, scale, bias, x.float() @ quantized.float().t() * scale
+
+
+def check_fp8(name, variant, tokens=32):
+    quantized, x, scale, bias, expected = fp8_problem(tokens)
+    operand = BACKENDS[name].pack_fp8(quantized)
+    for dtype in (torch.bfloat16, torch.float32):
+        y = BACKENDS[name].fp8_linear(operand, x, scale, None, 128, variant, dtype)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.float(), expected, rtol=1e-2, atol=1e-2)
+        y = BACKENDS[name].fp8_linear(operand, x, scale, bias.to(dtype), 128, variant, dtype)
+        torch.testing.assert_close(y.float(), expected + bias, rtol=1e-2, atol=2e-2)
+
+
+def test_dense_in_fp8_is_exact_up_to_its_one_rounding():
+    quantized, x, scale, bias, expected = fp8_problem()
+    y = BACKENDS["dense"].fp8_linear([quantized], x, scale, bias, 128, "", torch.bfloat16)
+    assert torch.equal(y, (expected + bias).bfloat16())
+
+
+def test_dense_in_fp8_by_the_documented_semantics_of_scaled_mm(monkeypatch):
+    def scaled_mm(a, b, scale_a, scale_b, bias=None, out_dtype=None):
+        assert a.is_contiguous()
+        assert b.t().is_contiguous()
+        assert scale_a.numel() == scale_b.numel() == 1
+        assert bias is None or bias.dtype == out_dtype != torch.float32
+        calls.append(out_dtype)
+        y = a.float() @ b.float() * scale_a * scale_b
+        return (y if bias is None else y + bias).to(out_dtype)
+
+    calls = []
+    monkeypatch.setattr(dense_backend, "_has_fp8", lambda x, features: True)
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    check_fp8("dense", "")
+    assert calls == [torch.bfloat16] * 2 + [torch.float32] * 2
+
+
+def test_gluon_in_fp8(monkeypatch):
+    pytest.importorskip("triton")
+    from sparse24 import matmul
+
+    def linear(a, x, bias=None, variant=None, scale=None):
+        assert scale.numel() == 1
+        assert bias is None or bias.dtype == torch.bfloat16
+        assert variant == "v"
+        packed = from_fragments(a)
+        weight = unpack(packed._replace(values=packed.values.view(torch.uint8))).view(E4M3)
+        y = x.float() @ weight.float().t() * scale
+        return (y if bias is None else y + bias).bfloat16()
+
+    monkeypatch.setattr(matmul, "linear", linear)
+    check_fp8("gluon", "v")
+
+
+def test_cusparselt_in_fp8_by_its_documented_semantics(monkeypatch):
+    """alpha of m numbers scales the rows of the result; the result is e4m3 unless another dtype is asked for."""
+
+    def sparse_mm(compressed, dense, alpha=None, out_dtype=None, transpose_result=False, alg_id=0):
+        assert alpha.shape == (128,)
+        assert alpha.is_contiguous()
+        assert out_dtype == torch.bfloat16
+        assert transpose_result
+        assert dense.t().is_contiguous()
+        assert dense.shape[1] % 16 == 0
+        return (compressed.float() @ dense.float() * alpha[:, None]).to(out_dtype).t()
+
+    monkeypatch.setattr(torch, "_cslt_compress", lambda matrix: matrix)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", sparse_mm)
+    check_fp8("cusparselt", "7")
+    check_fp8("cusparselt", "7", tokens=13)
+
+
+def test_what_serves_fp8(gpu):
+    pytest.importorskip("triton")
+    product = Product(FORWARD, 64, 128, 256, E4M3)
+    hopper = gpu(9, 0)
+    for name in ("dense", "gluon", "cusparselt"):
+        assert BACKENDS[name].supports(product, hopper) == (True, "")
+    assert "float8_e4m3fn" in BACKENDS["triton"].supports(product, hopper)[1]
+    assert not BACKENDS["cusparselt"].supports(Product(FORWARD, 64, 48, 256, E4M3), hopper)[0]
+    assert not BACKENDS["cusparselt"].supports(Product(WEIGHT_GRADIENT, 64, 128, 256, E4M3), hopper)[0]
+    ampere = gpu(8, 0)
+    assert BACKENDS["dense"].supports(product, ampere) == (True, "")
+    for name in ("gluon", "cusparselt", "cutlass"):
+        assert "e4m3" in BACKENDS[name].supports(product, ampere)[1]
 
 
 def test_the_pruned_gradient_of_the_operator_is_that_of_the_reference():

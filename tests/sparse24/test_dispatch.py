@@ -2,18 +2,19 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from sparse24 import backends, dispatch, ops
-from sparse24.autograd import MvueKey, SparseWeight, sparse_linear
+from sparse24.autograd import MvueKey, SparseWeight, fp8_weight, sparse_linear
 from sparse24.backends.base import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Operand, Product
 from sparse24.dispatch import LayerShape, Plan, UnsupportedError, choose, table
 from sparse24.reference import transposable_mask
 
 from tests.sparse24.reference_backend import Reference
 
-CPU = torch.device("cpu")
+CPU, E4M3 = torch.device("cpu"), torch.float8_e4m3fn
 SHAPE = LayerShape(64, 32, 48, torch.float32, transposable=True, mvue=True)
 
 
@@ -184,6 +185,41 @@ def test_the_fastest_is_chosen_and_only_where_the_recipe_is_sparse(use, as_gpu):
     assert {row.kind for row in rows} == {FORWARD}
 
 
+def test_in_fp8_the_forward_product_may_be_sparse(use, as_gpu):
+    class Unscaled(Reference):
+        name = "unscaled"
+
+        def fp8_linear(self, operand, x, scale, *args):
+            return super().fp8_linear(operand, x, torch.ones_like(scale), *args)
+
+    use(Reference(), Unscaled())
+    shape = replace(SHAPE, dtype=torch.bfloat16, fp8=True)
+    assert shape.product(FORWARD).dtype == torch.float8_e4m3fn
+    with pytest.warns(UserWarning, match="unscaled, forward of 32x48x64, wrong"):
+        plan, rows = as_gpu(shape)
+    assert plan.input_gradient == plan.weight_gradient == "dense"
+    assert [(row.kind, row.product_ms is None) for row in rows] == [(FORWARD, False)] * 2 + [(FORWARD, True)]
+    assert table(shape, plan, rows).splitlines()[0] == "32x48, 64 tokens, bfloat16, fp8"
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_packed_fp8_layer_computes_what_a_dense_one_does(use, compiled):
+    use(Reference())
+    weight, bias = torch.randn(32, 48), torch.randn(32)
+    sparse = weight * transposable_mask(weight)
+    torch._dynamo.reset()
+    function = torch.compile(sparse_linear, fullgraph=True, backend="aot_eager") if compiled else sparse_linear
+    results = []
+    for packed in (sparse, fp8_weight(sparse), fp8_weight(sparse, "reference:a")):
+        x = torch.randn(4, 16, 48, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        w = weight.clone().requires_grad_()
+        y = function(x, w, packed, bias, MvueKey(1, torch.tensor(2), torch.tensor([3, 0])), fp8=True)
+        y.sin().sum().backward()
+        results.append((y.detach(), x.grad, w.grad))
+    assert all(map(torch.equal, results[0], results[1]))
+    torch.testing.assert_close(results[2][0], results[0][0].bfloat16().float())
+
+
 def test_a_gain_within_the_noise_is_none():
     dense, close, fast = (dispatch.Row(FORWARD, c, ms, 0.0) for c, ms in (("dense", 1.0), ("a", 0.985), ("b", 0.97)))
     assert dispatch._fastest([dense, close], 1) == dense
@@ -314,3 +350,9 @@ def test_the_operators_are_well_formed(use):
     position = torch.tensor([1, 0, 0])
     args = ("reference", torch.randn(64, 32), torch.randn(64, 48), 0, position)
     torch.library.opcheck(ops._weight_gradient, args, test_utils=tests)
+    # opcheck's schema test knows no fp8
+    operand, (x, scale) = fp8_weight(weight, "dense").forward.tensors, ops.fp8_quantize(torch.randn(64, 48), E4M3)
+    args = ("dense", operand[:1], x, scale, torch.randn(32), 32, torch.bfloat16)
+    torch.library.opcheck(ops._fp8_linear, args, test_utils="test_faketensor")
+    pytest.importorskip("triton")
+    torch.library.opcheck(ops._fp8_quantize_kernel, (torch.randn(5, 7).t(), E4M3), test_utils="test_faketensor")

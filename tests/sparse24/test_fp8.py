@@ -4,7 +4,10 @@ import math
 
 import pytest
 import torch
-from sparse24.fp8 import FORMATS, amax, quantize
+from sparse24.fp8 import FORMATS, amax, pack_fragments, quantize
+from sparse24.fragments import to_fragments
+from sparse24.packing import pack
+from sparse24.reference import fp8_matmul, fp8_quantize, magnitude_mask
 
 DTYPES = list(FORMATS)
 
@@ -145,3 +148,62 @@ def test_bad_arguments_are_named(device):
         quantize(x, scale=one.view(1))
     with pytest.raises(ValueError, match="x must be a matrix"):
         quantize(x.view(2, 2, 4), transposed=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_reference_gives_the_same_bits(dtype, device):
+    codes = all_codes(dtype)
+    tensors = [
+        codes,
+        torch.randn(3, 5, 70).half() * 30,
+        torch.randn(40, 66).bfloat16().t(),
+        torch.randn(50, 50)[:, 3:20] * 1e-3,
+        torch.zeros(5),
+        torch.zeros(0, 4),
+        torch.tensor([1e-44, -1e-40, 0.0, 3e-37]),
+        torch.tensor([3e38, -1.0, -0.0]),
+        *(torch.tensor([1.0, bad, -2.0, 0.0]) for bad in (math.nan, math.inf, -math.inf)),
+    ]
+    for x in tensors:
+        q, scale = quantize(x.to(device), dtype)
+        found, found_scale = fp8_quantize(x.to(device), dtype)
+        torch.testing.assert_close(found_scale, scale, rtol=0, atol=0, equal_nan=True)
+        assert found.is_contiguous()
+        assert torch.equal(bits(found), bits(q))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_products_are_exact_whatever_autocast_says(autocast, device):
+    a, b = torch.randn(7, 33, device=device).to(DTYPES[0]), torch.randn(33, 5, device=device).to(DTYPES[1])
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+        found = fp8_matmul(a, b, torch.tensor(0.25, device=device))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), a.double() @ b.double() / 4, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(16, 64), (48, 320), (128, 512)])
+def test_packing_in_fragment_order(shape, dtype, device):
+    dense = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(device)
+    sparse = dense * magnitude_mask(dense)
+    sparse[1, :4] = torch.tensor([0.0, -0.0, 0.0, 2.0])  # fewer than two: filled up as `pack` does
+    sparse[2, :4] = torch.tensor([math.nan, 0.0, 1e-30, 0.0])
+    sparse[3, :8] = 0
+    q, _ = quantize(sparse, dtype, scale=torch.ones((), device=device))
+    # as integers, since few operators know fp8; the sign of a zero makes it no non-zero
+    integers = q.view(torch.uint8)
+    packed = pack(torch.where(integers == 128, 0, integers))
+    expected = to_fragments(packed._replace(values=packed.values.view(dtype)))
+    found = pack_fragments(q)
+    assert torch.equal(found.metadata, expected.metadata)
+    # the packed zero may be the negative one
+    values, wanted = (f.values.view(torch.uint8).int() for f in (found, expected))
+    assert torch.equal(values.masked_fill(values == 128, 0), wanted)
+    assert (found.rows, found.cols, found.dtype) == (*shape, dtype)
+
+
+def test_what_cannot_be_packed_is_named(device):
+    with pytest.raises(ValueError, match=r"quantized must be a contiguous matrix in float8.*found torch.float32"):
+        pack_fragments(torch.zeros(16, 64, device=device))
+    with pytest.raises(ValueError, match="cols must be a multiple of 64 in fragment order; found 32"):
+        pack_fragments(torch.zeros(16, 32, device=device).to(torch.float8_e4m3fn))

@@ -5,7 +5,7 @@ import torch
 from sparse24 import dispatch
 from sparse24.autograd import MvueKey, SparseWeight, sparse_linear
 from sparse24.backends import BACKENDS, split_choice
-from sparse24.backends.base import FORWARD, INPUT_GRADIENT, KINDS, WEIGHT_GRADIENT, Operand, Product
+from sparse24.backends.base import FORWARD, INPUT_GRADIENT, KINDS, WEIGHT_GRADIENT, Operand
 from sparse24.dispatch import TOLERANCE, LayerShape, Plan, choose, measure
 from sparse24.reference import magnitude_mask, transposable_mask
 
@@ -24,11 +24,21 @@ def gpu():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "dense"])
 def test_every_variant_is_right_or_refused(name, kind, shape, dtype, gpu):
-    backend, product = BACKENDS[name], Product(kind, *shape, dtype)
+    check_variants(name, kind, LayerShape(*shape, dtype, transposable=True, mvue=True), gpu)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", list(BACKENDS))
+def test_every_fp8_variant_is_right_or_refused(name, shape, gpu):
+    check_variants(name, FORWARD, LayerShape(*shape, torch.bfloat16, transposable=False, mvue=True, fp8=True), gpu)
+
+
+def check_variants(name, kind, shape, gpu):
+    backend, product = BACKENDS[name], shape.product(kind)
     able, reason = backend.supports(product, gpu)
     if not able:
         pytest.skip(reason)
-    problem = dispatch._Problem(LayerShape(*shape, dtype, transposable=True, mvue=True), kind, gpu)
+    problem = dispatch._Problem(shape, kind, gpu)
     operand = problem.pack(backend) if kind != WEIGHT_GRADIENT else []
     right = 0
     for variant in backend.variants(product, gpu):
@@ -38,11 +48,28 @@ def test_every_variant_is_right_or_refused(name, kind, shape, dtype, gpu):
             assert name == "cusparselt", variant  # it has fewer algorithms than we try
             continue
         off = problem.error(result)
-        if name == "cusparselt" and not off <= TOLERANCE[dtype]:
+        if name == "cusparselt" and not off <= TOLERANCE[product.dtype]:
             continue  # known of this library; dispatch finds it too
-        assert off <= TOLERANCE[dtype], variant
+        assert off <= TOLERANCE[product.dtype], variant
         right += 1
     assert right
+
+
+@pytest.mark.parametrize("features", [256, 40], ids=["fp8 tensor cores", "emulated"])
+def test_fp8_gives_what_it_does_on_a_cpu(features, gpu):
+    results = []
+    for device in (torch.device("cpu"), gpu):
+        generator = torch.Generator().manual_seed(0)
+        x, weight = (torch.randn(n, features, generator=generator).to(device) for n in (64, 128))
+        dy = torch.randn(64, 128, generator=generator).bfloat16().to(device)
+        sparse = weight * magnitude_mask(weight)
+        x, weight = x.bfloat16().requires_grad_(), weight.requires_grad_()
+        key = MvueKey(1, 2, torch.tensor([3, 0], device=device))
+        y = sparse_linear(x, weight, sparse, None, key, fp8=True)
+        y.backward(dy)
+        results.append([t.detach().float().cpu() for t in (y, x.grad, weight.grad)])
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        assert (on_gpu - on_cpu).norm() <= TOLERANCE[torch.float8_e4m3fn] * on_cpu.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -229,6 +229,73 @@ def test_s_ste_steps_are_the_published_ones():
     assert training.decay.factor == 0
 
 
+def in_fp8(x, dtype):
+    """x as fp8 values with one scale see it: the published factor, largest finite value / amax."""
+    factor = torch.finfo(dtype).max / x.abs().max()
+    return (x * factor).to(dtype).double() / factor.double()
+
+
+def test_s_ste_steps_in_fp8_are_the_published_ones():
+    """Z = E4M3(X) E4M3(Ŵ)ᵀ; dX = E5M2(dZ) E5M2(Ŵ); dW = E5M2(MVUE(dZ))ᵀ E5M2(X), into Adam on the fp32 weight."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"ffn": nn.Linear(16, 8, bias=False)})
+    recipe = load_recipe("s_ste")
+    recipe.fp8 = True
+    sparsify(model, recipe, include=["ffn"])
+    training = SparseTraining(model, recipe, STEPS, seed=1)
+    optimizer = AdamW(
+        [{"params": list(model.parameters()), "weight_decay": 0.0}], lr=0.05, betas=(0.9, 0.95), eps=1e-8,
+        decay=training.decay,
+    )  # fmt: skip
+    layer = model["ffn"]
+    m = v = torch.zeros(8, 16, dtype=torch.float64)
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    training.prepare(0)
+    for t in range(1, STEPS + 1):
+        before = layer.weight.detach().clone()  # rounding to fp8 has jumps: compare step by step
+        sparse = layer.scale * soft_top2(before)
+        x, dy = torch.randn(32, 16, requires_grad=True), torch.randn(32, 8)
+        y = layer(x)
+        torch.testing.assert_close(y.double(), in_fp8(x, e4m3) @ in_fp8(sparse, e4m3).T, rtol=1e-5, atol=1e-5)
+        y.backward(dy)
+        torch.testing.assert_close(x.grad.double(), in_fp8(dy, e5m2) @ in_fp8(sparse, e5m2), rtol=1e-5, atol=1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+        training.prepare(t)
+
+        pruned = mvue24(dy, uniform24(1, t - 1, 0, 32, 8))
+        gradient = in_fp8(pruned, e5m2).T @ in_fp8(x.detach(), e5m2)
+        m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
+        step = 0.05 * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+        torch.testing.assert_close(layer.weight.detach().double(), before - step, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fp8_layer_holds_its_weight_quantised_once_a_step():
+    model = nn.ModuleDict({"ffn": nn.Linear(16, 8)})
+    recipe = load_recipe("ste")
+    recipe.fp8 = True
+    sparsify(model, recipe, include=["ffn"])
+    layer, x = model["ffn"], torch.randn(4, 16)
+    assert layer.is_sparse
+    assert set(model.state_dict()) == {"ffn.weight", "ffn.bias", "ffn.mask"}
+    held = [*layer.packed.forward.tensors, *layer.packed.input_gradient.tensors]
+    assert [t.dtype for t in held] == [torch.float8_e4m3fn, torch.float32, torch.float8_e5m2, torch.float32]
+    before = layer(x)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert torch.equal(layer(x), before)
+    layer.project()
+    assert [t.data_ptr() for t in (*layer.packed.forward.tensors, *layer.packed.input_gradient.tensors)] == [
+        t.data_ptr() for t in held
+    ]
+    torch.testing.assert_close(layer(x) - layer.bias, 2 * (before - layer.bias))
+    model.bfloat16()  # which must leave the fp8 values what they are
+    assert layer.packed.forward.tensors[0].dtype == torch.float8_e4m3fn
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    layer.go_dense()
+    torch.testing.assert_close(layer(x.bfloat16()), nn.functional.linear(x.bfloat16(), layer.weight, layer.bias))
+
+
 def test_beta_of_normal_weights():
     model = nn.ModuleDict({"ffn": nn.Linear(512, 2048)})
     nn.init.normal_(model["ffn"].weight, std=0.02)

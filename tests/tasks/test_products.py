@@ -57,6 +57,18 @@ def test_training_on_packed_weights_is_training(tiny, pretend, changes, capsys):
     assert "* forward         gluon:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("changes", [{}, {"trainer__compile": True}], ids=str)
+def test_training_in_fp8_on_packed_weights(tiny, pretend, changes):
+    """Its sparse products round to bf16 first. Only the forward product is sparse."""
+    changes = {"recipe__fp8": True, "trainer__precision": "bf16", **changes}
+    expected = losses(train.run(tiny("s_ste", "dense", **changes)))
+    run_dir = train.run(tiny("s_ste", "packed", trainer__backend="gluon", **changes))
+    assert losses(run_dir) == pytest.approx(expected, abs=1e-2)
+    for forward, *others in facts(run_dir)["plans"].values():
+        assert forward.startswith("gluon:")
+        assert others == ["dense", "dense"]
+
+
 def test_a_resumed_run_keeps_its_plans(tiny, pretend, monkeypatch):
     whole = train.run(tiny("fst", "whole", trainer__backend="gluon"))
 

@@ -118,6 +118,19 @@ def test_s_ste_settles_without_decay(tiny):
     assert sum(flips[-10:]) < 0.5 * max(sum(flips[i : i + 10]) for i in range(len(flips) - 10))
 
 
+def test_s_ste_learns_in_fp8(tiny):
+    changes = {"trainer__steps": 60, "trainer__eval_every": 60, "trainer__checkpoint_every": 100}
+    losses = {
+        fp8: [
+            float(row["train/loss"]) for row in metrics(train.run(tiny("s_ste", f"{fp8}", recipe__fp8=fp8, **changes)))
+        ]
+        for fp8 in (False, True)
+    }
+    assert losses[True][-1] < losses[True][0] - 1
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], abs=0.1)
+
+
 def test_phases_switch_when_they_should(tiny):
     rows = metrics(train.run(tiny("fst", **phases())))
     assert [row["phase"] for row in rows] == [DENSE_WARMUP] * 2 + [SPARSE] * 7 + [DENSE_FINETUNE] * 3
@@ -152,6 +165,18 @@ def test_other_recipes_resume_too(tiny, stop_at, tmp_path, recipe):
         train.run(tiny(recipe, "stopped"))
     stop_at(None)
     train.run(tiny(recipe, "stopped"))
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_fp8_resumes_too(tiny, stop_at, tmp_path):
+    """With accumulation, through a dense phase, in bf16 beside the sparse layers."""
+    changes = phases(recipe__fp8=True, trainer__micro_batch_size=2, trainer__precision="bf16")
+    train.run(tiny("s_ste", "whole", **changes))
+    stop_at(6)
+    with pytest.raises(Interrupted):
+        train.run(tiny("s_ste", "stopped", **changes))
+    stop_at(None)
+    train.run(tiny("s_ste", "stopped", **changes))
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 

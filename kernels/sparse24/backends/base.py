@@ -104,6 +104,26 @@ class Backend(ABC):
         seed and position ((3,) int64: step, first token, layer) say which random numbers prune dY.
         """
 
+    # for products of dtype e4m3, which are forward ones only
+
+    def pack_fp8(self, quantized: Tensor) -> list[Tensor]:
+        """Ŵ in e4m3 (out_features, in_features), contiguous, as the operand for Y = X Ŵᵀ."""
+        raise NotImplementedError("`supports` says no")
+
+    def fp8_linear(
+        self,
+        operand: list[Tensor],
+        x: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        features: int,
+        variant: str,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """scale · x (tokens, k) times the transpose of an operand (features, k), plus bias: (tokens, features) in
+        `dtype`, where a backend may round to bf16 first. x: e4m3, contiguous; scale: 0-dim float32."""
+        raise NotImplementedError("`supports` says no")
+
 
 def pad_rows(x: Tensor, step: int) -> Tensor:
     """x (rows, columns) with zero rows up to a multiple of `step`; itself if it has one."""

@@ -45,6 +45,28 @@ class Gluon(PackedBackend):
         bias = None if bias is None else _aligned(bias)
         return matmul.linear(fragments, _aligned(x), bias, variant=variant or None)
 
+    def pack_fp8(self, quantized: Tensor) -> list[Tensor]:
+        from sparse24.fp8 import pack_fragments
+
+        fragments = pack_fragments(quantized)
+        return [fragments.values, fragments.metadata]
+
+    def fp8_linear(
+        self,
+        operand: list[Tensor],
+        x: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        features: int,
+        variant: str,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        from sparse24 import matmul
+
+        fragments = Fragments(operand[0], operand[1], features, x.shape[1], x.dtype)
+        bias = None if bias is None else _aligned(bias.bfloat16())
+        return matmul.linear(fragments, _aligned(x), bias, variant=variant or None, scale=scale).to(dtype)
+
     def weight_gradient(self, dy: Tensor, x: Tensor, seed: int, position: Tensor, variant: str) -> Tensor:
         from sparse24 import matmul
         from sparse24.mvue import mvue_pack
