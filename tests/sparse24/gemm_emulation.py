@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ for variant in importlib.import_module(sys.argv[1]).VARIANTS:
 """
 
 
+@lru_cache
 def compile_variants(module):
     """Variant's name -> what `_BUILD` prints of it, for the VARIANTS of a module of the package."""
     triton39 = os.environ.get("SPARSE24_TRITON39")
