@@ -68,7 +68,7 @@ class _Run:
             self.training = make_sparse(bench, self.model, recipe, self.tokens)
             self.curve.products = plans_of(self.model)
         self.lr = 3e-4
-        groups = parameter_groups(self.model, 0.1)
+        groups = parameter_groups(self.model, 0.1, lr=self.lr)
         settings: dict[str, Any] = {"lr": self.lr, "betas": (0.9, 0.95), "eps": 1e-8}
         self.optimizer: torch.optim.Optimizer
         if self.training is None:

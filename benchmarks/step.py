@@ -57,7 +57,7 @@ class Trainee:
         self.training: SparseTraining | None = None
         if recipe != "dense":
             self.training = make_sparse(bench, self.model, recipe, tokens)
-        groups = parameter_groups(self.model, 0.1)
+        groups = parameter_groups(self.model, 0.1, lr=1e-4)
         settings: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8}
         self.optimizer: torch.optim.Optimizer
         if self.training is None:

@@ -6,16 +6,21 @@ command, with everything Hydra's users know: `--help`, `--cfg job`, `-m` for gri
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sparse_pretrain import config, preflight
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.paths import config_dir
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,10 @@ class Command:
 
 COMMANDS = {
     "train": Command(config.TrainConfig, "pre-train a model, dense or 2:4 sparse; without options: a comparison"),
+    "decay-search": Command(config.DecaySearchConfig, "find the decay factor of a run by the flip rates of short ones"),
+    "compare": Command(
+        config.CompareConfig, "recipes on equal budgets: each with several seeds, then table and picture"
+    ),
     "evaluate": Command(config.EvaluateConfig, "loss and perplexity of a checkpoint"),
     "generate": Command(config.GenerateConfig, "text from a checkpoint"),
     "report": Command(config.ReportConfig, "an HTML page of one or more runs"),
@@ -62,43 +71,72 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
+def file_name(command: str) -> str:
+    """Of the module and of the config."""
+    return command.replace("-", "_")
+
+
 def overview() -> str:
     lines = ["sparse-pretrain COMMAND [option=value ...]", ""]
-    lines += [f"  {name:10}{command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:14}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", "sparse-pretrain COMMAND --help lists a command's options."])
 
 
 def execute(name: str, options: list[str]) -> None:
     """Check every job of the command line, then hand it to Hydra."""
-    schema = COMMANDS[name].schema
     options = sorted(
         options, key=lambda option: option not in ("-m", "--multirun")
     )  # argparse wants overrides in one run
-    is_run = _preflight(name, schema, options)
-    command = importlib.import_module(f"sparse_pretrain.{name}") if is_run else None
+    if name == "compare":
+        _compare(options)
+        return
+    jobs = _preflight(name, options)
+    _run_jobs(name, options, importlib.import_module(f"sparse_pretrain.{file_name(name)}") if jobs else None)
+
+
+def _compare(options: list[str]) -> None:
+    """A grid of `train` with another end."""
+    from sparse_pretrain import compare
+
+    arguments = _arguments(options)
+    flags = [option for option in options if option not in (*arguments.overrides, "-m", "--multirun")]
+    with _configs():
+        request = compare.parse(_parse(arguments.overrides))
+    one_run = [*flags, *request.one_run()]
+    if _asks_for_text(arguments):
+        if arguments.cfg and len(request.recipes) > 1:
+            raise UserError("recipe", ",".join(request.recipes), "one value with --cfg, which shows one run's config")
+        _run_jobs("compare", one_run, None)
+        return
+    (cfg,) = _preflight("compare", one_run)
+    grid = ["-m", *flags, *request.grid(cfg)]
+    _run_jobs("train", grid, compare.Comparison(cfg, _preflight("train", grid), options))
+
+
+def _run_jobs(name: str, options: list[str], command: Any) -> None:
+    """Have Hydra call `command.run` with the config of each job; with None it prints what was asked for instead."""
     results: list[Path] = []
     failures: list[int] = []
 
     def task(cfg: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
 
-        assert command is not None
         try:
             # A run records the overrides it was composed from: the command that continues it.
             extra = [HydraConfig.get().overrides.task] if name == "train" else []
-            results.append(command.run(config.load(schema, _plain(cfg)), *extra))
+            results.append(command.run(config.load(COMMANDS[name].schema, _plain(cfg)), *extra))
         except Exception as error:
             exit_code = getattr(error, "exit_code", None)
             if exit_code is None:
                 raise
             print(f"error: {error}" if isinstance(error, UserError) else error, file=sys.stderr, flush=True)
             failures.append(exit_code)
-            if not isinstance(error, UserError):
+            if exit_code != UserError.exit_code:
                 sys.exit(exit_code)  # interrupted: not on to the next job of a grid
 
     _run_hydra(name, options, task)
     if name == "train" and results:
-        command.finish(results)  # type: ignore[union-attr]
+        command.finish(results)
     if failures:
         sys.exit(failures[0])
 
@@ -107,7 +145,7 @@ def _run_hydra(name: str, options: list[str], task: Callable[[Any], None]) -> No
     import hydra
 
     sys.argv = [f"sparse-pretrain {name}", *options]
-    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(task)()
+    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=file_name(name))(task)()
 
 
 def _plain(cfg: Any) -> dict[str, Any]:
@@ -119,49 +157,75 @@ def _plain(cfg: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in ("experiment", "debug")}  # type: ignore[misc]
 
 
-def _preflight(name: str, schema: type, options: list[str]) -> bool:
-    """Compose and check every job; returns whether the command line asks for work (and not for help, say)."""
-    from hydra import compose, initialize_config_dir
+def _preflight(name: str, options: list[str]) -> list[Any]:
+    """Compose and check every job; none if the command line asks for help, say, and not for work."""
+    from hydra import compose
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra._internal.utils import get_args_parser
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException, OverrideParseException
+    from hydra.errors import HydraException
 
-    parser = get_args_parser()
-    parser.error = _unknown_flag  # type: ignore[method-assign]
-    arguments = parser.parse_args(options)
-    if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion:
-        return False
+    schema = COMMANDS[name].schema
+    arguments = _arguments(options)
+    if _asks_for_text(arguments):
+        return []
     overrides = list(arguments.overrides)
     if arguments.config_dir:
         folder = Path(arguments.config_dir).expanduser().resolve()
         if not folder.is_dir():
             raise UserError("--config-dir", arguments.config_dir, "a folder of YAML configs")
         overrides.append(f"hydra.searchpath=[file://{folder}]")
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()  # expands glob(...) to the choices there are
-        try:
-            parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
-        except OverrideParseException as error:
-            raise UserError(
-                str(error.override), "something that is not option=value", "option=value, as trainer.steps=100"
-            ) from error
+    with _configs():
+        parsed = _parse(overrides)
         sweep = [override for override in parsed if override.is_sweep_override()]
         if sweep and not arguments.multirun:
             raise UserError(
                 str(sweep[0].input_line), "several values", "one value, or -m before the options for a grid of runs"
             )
-        jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
-        for job in jobs:
+        jobs = []
+        for job in BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]:
             try:
-                composed = compose(name, overrides=job)
+                composed = compose(file_name(name), overrides=job)
             except HydraException as error:
                 raise _explain(error, schema, job) from error
             cfg: Any = config.load(schema, _plain(composed))
             if isinstance(cfg, config.TrainConfig):
                 preflight.check(cfg)
-    return True
+            jobs.append(cfg)
+    return jobs
+
+
+def _arguments(options: list[str]) -> argparse.Namespace:
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.error = _unknown_flag  # type: ignore[method-assign]
+    return parser.parse_args(options)
+
+
+def _asks_for_text(arguments: argparse.Namespace) -> bool:
+    """Whether Hydra prints something, as help or a config, in place of running a job."""
+    asked = arguments.help, arguments.hydra_help, arguments.cfg, arguments.info, arguments.shell_completion
+    return any(asked)
+
+
+def _configs() -> AbstractContextManager[None]:
+    from hydra import initialize_config_dir
+
+    return initialize_config_dir(str(config_dir()), version_base="1.3")
+
+
+def _parse(overrides: list[str]) -> list[Override]:
+    """Overrides in Hydra's grammar, inside `_configs()`, whose files `glob(...)` is about."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    try:
+        loader = GlobalHydra.instance().config_loader()
+        return OverridesParser.create(config_loader=loader).parse_overrides(overrides)
+    except OverrideParseException as error:
+        raise UserError(
+            str(error.override), "something that is not option=value", "option=value, as trainer.steps=100"
+        ) from error
 
 
 def _explain(error: Exception, schema: type, job: list[str]) -> UserError:

@@ -11,9 +11,10 @@ import dataclasses
 import math
 import types
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sparse_pretrain.errors import UserError
+from sparse_pretrain.limits import CHOICES, RANGES
 
 
 @dataclass
@@ -32,6 +33,7 @@ class ModelConfig:
     norm: str = "layer_norm"
     position: str = "learned"
     activation: str = "gelu"
+    activation_sparsity: str = "none"  # 2:4: of the hidden activations of a squared-ReLU FFN
     bias: bool = False
     tied_embeddings: bool = True
     dropout: float = 0.0
@@ -67,7 +69,8 @@ class DecayConfig:
     """Masked decay: what pulls pruned weights towards zero."""
 
     place: str = "none"
-    factor: float = 0.0
+    factor: float | Literal["auto"] = 0.0  # auto = found at the start, by the flip rate
+    ramp: float = 0.0  # share of the sparse steps over which the factor rises from 0
 
 
 @dataclass
@@ -75,8 +78,50 @@ class ScheduleConfig:
     """When a run is dense and when it is sparse, as shares of its steps; how often masks are recomputed."""
 
     dense_warmup: float = 0.0
+    dense_warmup_max: float | None = None  # null = no choice; else the second moment decides, from dense_warmup to here
+    switch_mean: str = "arithmetic"
     dense_finetune: float = 0.0
     refresh_every: int = 1
+    track_dense: bool = False  # recompute masks in dense phases too, for their flip rate alone
+
+
+@dataclass
+class LearnedConfig:
+    """Masks drawn from trained logits (MaskLLM). Pairs are the values at the first and at the last sparse step."""
+
+    temperature: list[float] = field(default_factory=lambda: [4.0, 0.05])
+    scale: list[float] = field(default_factory=lambda: [100.0, 500.0])
+    prior_strength: float = 3.0
+    logit_std: float = 0.01
+    logit_lr: float = 5e-4
+    norm_weight: float = 1e-5
+
+
+@dataclass
+class AdapterConfig:
+    """What is added beside the weight of a layer."""
+
+    kind: str = "none"
+    rank: int = 8  # lora
+    alpha: float = 16.0  # lora: the adapter's output is scaled by alpha / rank
+    init: str | None = None  # null = lora: kaiming, else normal; slorb: mean, else sum
+    group: int = 16  # slorb: inputs that share one weight
+    train_groups: bool = True  # slorb: whether the sums over groups become weighted ones
+    start: float = 0.0  # share of the run before it appears
+    path: str | None = None  # safetensors file of adapters to start from
+
+
+@dataclass
+class TeacherConfig:
+    """Whom a run also learns from. Losses: (1 - weight) · task + weight · temperature² · KL(teacher ‖ student)."""
+
+    models: list[str] = field(default_factory=list)
+    weight: float = 0.67
+    temperature: float = 2.0
+    logits: str | None = None  # folder where the teacher's logits are kept for other runs
+    top_k: int | None = 64  # of them, per token; null = all
+    reference: str | None = None  # AdaSPEC: a draft model distilled before
+    token_share: float = 1.0  # AdaSPEC: of the tokens, those furthest behind the reference
 
 
 @dataclass
@@ -85,10 +130,17 @@ class RecipeConfig:
 
     name: str
     projection: str = "none"
+    pattern: str = "2:4"
+    input_gradient: str = "same"
     weight_gradient: str = "dense"
+    train_weights: bool = True  # false = from the first sparse step on only adapters and mask logits are trained
+    frozen_preconditioner: bool = False  # STEP: in the sparse phase Adam divides by the second moment it ended dense with
+    fp8: bool = False  # products of e4m3 (forward) and e5m2 (gradients) values, one scale a tensor; weights stay fp32
     decay: DecayConfig = field(default_factory=DecayConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    fp8: bool = False  # products of e4m3 (forward) and e5m2 (gradients) values, one scale a tensor; weights stay fp32
+    learned: LearnedConfig = field(default_factory=LearnedConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     include: list[str] | None = None  # layer name patterns; null = the FFN of every block
     exclude: list[str] = field(default_factory=list)
 
@@ -100,6 +152,7 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.1
+    momentum: float = 0.95  # muon
 
 
 @dataclass
@@ -140,6 +193,7 @@ class TrainerConfig:
     checkpoints_kept: int = 2
     compile: bool = False
     deterministic: bool = False
+    stop_after: int | None = None  # end after this step as a signal would: with a checkpoint, to be continued
     backend: str = "auto"  # what computes 2:4 products; auto = the fastest that is right, measured at the start
     peak_tflops: float | None = None  # per device, for MFU; null = known devices' figure, else measured
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -172,6 +226,31 @@ class TrainConfig:
     runs_dir: str = "runs"
     run_dir: str | None = None  # null = RUNS_DIR/NAME-HASH
     resume: str = "auto"
+    init_from: str | None = None  # a run or checkpoint folder whose weights to start from, at step 0
+
+
+@dataclass
+class CompareConfig(TrainConfig):
+    """Training runs of several recipes and seeds: the options of each, and of their comparison."""
+
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    out: str | None = None  # null = RUNS_DIR/compare-MODEL-HASH
+
+
+@dataclass
+class SearchConfig:
+    """Which decay factors are tried, and when their flip rate is read."""
+
+    factors: list[float] = field(default_factory=lambda: [1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
+    sample_step: int | None = None  # null = the last refresh of the learning rate's warm-up, at least the second one
+    refine: int = 3  # further factors at most, between two of these, if none of these will do
+
+
+@dataclass
+class DecaySearchConfig(TrainConfig):
+    """A search for the decay factor of a training run."""
+
+    search: SearchConfig = field(default_factory=SearchConfig)
 
 
 @dataclass
@@ -182,6 +261,7 @@ class EvaluateConfig:
     weights: str = "auto"
     split: str = "validation"
     text: list[str] = field(default_factory=list)  # files, folders or globs to use in place of the run's corpus
+    teacher: str | None = None  # a run, checkpoint or Hugging Face folder: how often it accepts this model's tokens
     batches: int | None = None  # null = the whole split
     batch_size: int = 16
     accelerator: str = "auto"
@@ -227,81 +307,6 @@ class BenchConfig:
     accelerator: str = "auto"
 
 
-CHOICES: dict[str, list[str]] = {
-    "part": ["ceilings", "products", "operators", "ffn", "step", "block", "pretrain"],
-    "weights": ["auto", "dense", "sparse", "packed"],
-    "split": ["train", "validation"],
-    "accelerator": ["auto", "cpu", "gpu"],
-    "precision": ["auto", "fp32", "bf16", "fp16"],
-    "model.family": ["gpt"],
-    "model.norm": ["layer_norm", "rms_norm"],
-    "model.position": ["learned", "rotary"],
-    "model.activation": ["gelu", "relu2", "geglu", "swiglu"],
-    "data.source": ["stdlib", "text", "huggingface"],
-    "recipe.projection": ["none", "magnitude", "transposable", "soft_threshold"],
-    "recipe.weight_gradient": ["dense", "mvue"],
-    "recipe.decay.place": ["none", "gradient", "momentum", "weight"],
-    "optimizer.name": ["adamw"],
-    "scheduler.name": ["constant", "cosine", "wsd"],
-    "trainer.precision": ["auto", "fp32", "bf16", "fp16"],
-    "trainer.accelerator": ["auto", "cpu", "gpu"],
-    "trainer.backend": ["auto", "dense", "cusparselt", "cutlass", "gluon", "triton"],
-    "trainer.guard.nonfinite": ["skip", "stop"],
-    "trainer.guard.loss_spike": ["off", "skip", "stop"],
-    "trainer.guard.gradient_spike": ["off", "skip", "stop"],
-    "logger.wandb_mode": ["offline", "online"],
-}
-
-# option -> (lowest, highest) it may be, both included; None = unbounded
-RANGES: dict[str, tuple[float | None, float | None]] = {
-    "model.n_layer": (1, None),
-    "model.n_head": (1, None),
-    "model.n_kv_head": (1, None),
-    "model.d_model": (4, None),
-    "model.d_ff": (4, None),
-    "model.vocab_size": (1, None),
-    "model.max_seq_len": (1, None),
-    "model.dropout": (0, 0.9),
-    "model.norm_eps": (0, 1),
-    "model.rope_theta": (1, None),
-    "data.validation_share": (1e-6, 0.49),
-    "data.max_documents": (1, None),
-    "data.vocab_size": (257, 1_000_000),
-    "data.seq_len": (1, None),
-    "data.num_workers": (0, None),
-    "recipe.decay.factor": (0, None),
-    "recipe.schedule.dense_warmup": (0, 1),
-    "recipe.schedule.dense_finetune": (0, 1),
-    "recipe.schedule.refresh_every": (1, None),
-    "optimizer.lr": (0, None),
-    "optimizer.eps": (0, None),
-    "optimizer.weight_decay": (0, None),
-    "scheduler.warmup_steps": (0, None),
-    "scheduler.final_lr_share": (0, 1),
-    "scheduler.decay_share": (0, 1),
-    "trainer.steps": (1, None),
-    "trainer.batch_size": (1, None),
-    "trainer.micro_batch_size": (1, None),
-    "trainer.grad_clip": (1e-12, None),
-    "trainer.devices": (1, None),
-    "trainer.log_every": (1, None),
-    "trainer.eval_every": (1, None),
-    "trainer.eval_batches": (1, None),
-    "trainer.checkpoint_every": (1, None),
-    "trainer.checkpoints_kept": (1, None),
-    "trainer.peak_tflops": (1e-9, None),
-    "trainer.guard.loss_spike_factor": (1, None),
-    "trainer.guard.gradient_spike_factor": (1, None),
-    "trainer.guard.max_skipped": (1, None),
-    "seed": (0, 2**63 - 1),
-    "batches": (1, None),
-    "batch_size": (1, None),
-    "max_new_tokens": (1, None),
-    "temperature": (0, None),
-    "top_k": (1, None),
-    "minutes": (0.1, None),
-}
-
 C = TypeVar("C")
 
 
@@ -335,8 +340,12 @@ def _convert(hint: Any, value: Any, option: str) -> Any:
     if value == "???":
         raise UserError(option, "nothing", "a value; this option has no default")
     if get_origin(hint) in (Union, types.UnionType):
-        inner = next(arg for arg in get_args(hint) if arg is not type(None))
-        return None if value is None else _convert(inner, value, option)
+        inner, other = get_args(hint)  # a type, and None or a Literal
+        if value is None and other is type(None) or value in get_args(other):
+            return value
+        if isinstance(value, str) and get_args(other):
+            raise UserError(option, value, ["a number", *get_args(other)])
+        return _convert(inner, value, option)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise UserError(

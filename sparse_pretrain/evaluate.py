@@ -1,4 +1,4 @@
-"""`sparse-pretrain evaluate`: loss and perplexity of a checkpoint."""
+"""`sparse-pretrain evaluate`: loss and perplexity of a checkpoint, and how often a teacher accepts its tokens."""
 
 from __future__ import annotations
 
@@ -16,21 +16,27 @@ from sparse_pretrain import runs
 from sparse_pretrain.config import EvaluateConfig
 from sparse_pretrain.data.sources import file_documents, find_files
 from sparse_pretrain.data.token_store import TokenStore, prepare
-from sparse_pretrain.data.tokenizer import encode_documents, load_tokenizer
+from sparse_pretrain.data.tokenizer import encode_documents, load_tokenizer, vocab_size
 from sparse_pretrain.errors import UserError
+from sparse_pretrain.evaluation.acceptance import tokens_per_pass, total_acceptance
 from sparse_pretrain.evaluation.perplexity import total_loss
 from sparse_pretrain.hardware import pick_device, precision_dtype
 from sparse_pretrain.sparsity.linear import SparseLinear
 from sparse_pretrain.sparsity.packed import pack_model
 from sparse_pretrain.sparsity.swap import densify
+from sparse_pretrain.tasks.teacher import TeacherFolder, find_teacher, load_teacher
 from sparse_pretrain.tasks.trained import Trained, load_trained
+
+DRAFT_TOKENS = (1, 2, 4, 8)  # for which the tokens per pass are shown
 
 
 def run(cfg: EvaluateConfig) -> None:
-    """Prints the mean loss (nats per token) and perplexity over sequences that do not overlap.
+    """Prints the mean loss (nats per token) and perplexity over sequences that do not overlap; with a teacher also how
+    good a draft model of it this is.
 
     Raises:
-        UserError: no such checkpoint, no such text, or `weights` that the checkpoint does not have.
+        UserError: no such checkpoint, no such text, `weights` that the checkpoint does not have, or a teacher that
+            does not fit.
     """
     device = pick_device(cfg.accelerator, "accelerator")
     dtype = precision_dtype(cfg.precision, device, "precision")
@@ -39,15 +45,46 @@ def run(cfg: EvaluateConfig) -> None:
     tokens, where = evaluation_tokens(cfg, trained)
     if len(tokens) < 2:
         raise UserError("text", f"{len(tokens)} tokens", "at least 2")
-    batches = islice(sequence_batches(tokens, trained.cfg.data.seq_len, cfg.batch_size), cfg.batches)
+    teacher = teacher_for(trained, cfg.teacher) if cfg.teacher is not None else None
+    target = load_teacher(teacher.folder, device, "teacher") if teacher is not None else None
+
+    def batches() -> Iterator[Tensor]:
+        return islice(sequence_batches(tokens, trained.cfg.data.seq_len, cfg.batch_size), cfg.batches)
+
     autocast = nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype)
-    loss, count = total_loss(trained.model, batches, device, autocast)
+    loss, count = total_loss(trained.model, batches(), device, autocast)
     mean = float(loss) / count
     print(f"checkpoint  {trained.checkpoint} (step {trained.step})")
     print(f"weights     {weights}")
     print(f"text        {where}: {count:,} tokens predicted, in sequences of {trained.cfg.data.seq_len}")
     print(f"loss        {mean:.6f}")
     print(f"perplexity  {math.exp(min(mean, 700)):.4f}")
+    if teacher is not None and target is not None:
+        size = vocab_size(load_tokenizer(trained.tokenizer_path.read_bytes(), str(trained.tokenizer_path)))
+        sums, count = total_acceptance(trained.model, target, batches(), size, device, autocast)
+        sampled, greedy = (sums / count).tolist()
+        print(f"teacher     {teacher.folder}")
+        print(f"acceptance  {sampled:.6f} of the tokens sampled at temperature 1, {greedy:.6f} of the likeliest ones")
+        drafts = "  ".join(f"{n}: {tokens_per_pass(sampled, n):.3f}" for n in DRAFT_TOKENS)
+        print(f"tokens per pass of the teacher, by the number drafted  {drafts}")
+
+
+def teacher_for(trained: Trained, path: str) -> TeacherFolder:
+    """The model at `path`, which is to accept the trained one's tokens.
+
+    Raises:
+        UserError: naming `teacher`: there is none, it has another tokenizer, or it is made for shorter sequences.
+    """
+    teacher = find_teacher(path, "teacher")
+    if not teacher.has_tokenizer(trained.tokenizer_path.read_bytes()):
+        raise UserError("teacher", f"{path}, which has another tokenizer than the checkpoint", "one with the same")
+    if teacher.max_seq_len is not None and teacher.max_seq_len < trained.cfg.data.seq_len:
+        raise UserError(
+            "teacher",
+            f"{path}, made for sequences of {teacher.max_seq_len}",
+            f"one for at least {trained.cfg.data.seq_len}, the checkpoint's data.seq_len",
+        )
+    return teacher
 
 
 def represent(model: nn.Module, weights: str) -> str:

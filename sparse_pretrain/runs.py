@@ -6,7 +6,9 @@ RUN_DIR/
     tokenizer.json  a copy of the tokenizer
     metrics.csv     one row per logged step
     masks/          corners of a few masks, over time
+    decay-search/   the short runs that found recipe.decay.factor=auto
     checkpoints/    step-00000100/…
+    adapter.safetensors  the adapters of a complete run, if it has any
     summary.json    the final figures; there only when the run is complete
 """
 
@@ -31,6 +33,8 @@ from sparse_pretrain.errors import UserError
 
 CONFIG_FILE, RUN_FILE, SUMMARY_FILE, CHECKPOINTS = "config.yaml", "run.json", "summary.json", "checkpoints"
 METRICS_FILE, TOKENIZER_FILE = "metrics.csv", "tokenizer.json"
+ADAPTER_FILE = "adapter.safetensors"
+DECAY_SEARCH = "decay-search"
 # `seconds` is training time: without validation and checkpoints, and without the time between a stop and a resume.
 METRICS_COLUMNS = (
     "step",
@@ -38,6 +42,7 @@ METRICS_COLUMNS = (
     "seconds",
     "phase",
     "train/loss",
+    "train/distillation_loss",
     "train/grad_norm",
     "train/lr",
     "train/tokens_per_second",
@@ -46,6 +51,7 @@ METRICS_COLUMNS = (
     "train/dropped_steps",
     "sparsity/flip_rate",
     "val/loss",
+    "val/acceptance",
 )
 
 
@@ -62,6 +68,7 @@ RUNTIME_OPTIONS = (
     "trainer.checkpoint_every",
     "trainer.checkpoints_kept",
     "trainer.peak_tflops",
+    "trainer.stop_after",
 )
 
 
@@ -90,6 +97,19 @@ def run_name(cfg: TrainConfig) -> str:
 
 
 def read_config(run_dir: Path) -> TrainConfig:
+    """The config that a run trains with: as given, and `recipe.decay.factor=auto` as what has been found for it.
+
+    Raises:
+        UserError: as `read_given_config`.
+    """
+    cfg = read_given_config(run_dir)
+    found = read_json(run_dir / RUN_FILE).get("decay_search")
+    if cfg.recipe.decay.factor == "auto" and found:
+        cfg.recipe.decay.factor = float(found["factor"])
+    return cfg
+
+
+def read_given_config(run_dir: Path) -> TrainConfig:
     """The config that a run was started with.
 
     Raises:
@@ -167,7 +187,7 @@ def open_run(cfg: TrainConfig, run_dir: Path) -> None:
     if (run_dir / CONFIG_FILE).is_file():
         if cfg.resume == "never":
             raise UserError("resume", f"never, but {run_dir} holds a run", "auto, or another run_dir")
-        there, here = identity(read_config(run_dir)), identity(cfg)
+        there, here = identity(read_given_config(run_dir)), identity(cfg)
         different = [key for key in here if there.get(key) != here[key]]
         if different:
             key = different[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_pretrain import preflight, runs
-from sparse_pretrain.config import TrainConfig
+from sparse_pretrain.config import SearchConfig, TrainConfig
 from sparse_pretrain.interrupt import before_the_first_step
 
 
@@ -38,8 +38,12 @@ def run(cfg: TrainConfig, overrides: Sequence[str] = ()) -> Path:
 
         continues = bool(store.list_steps(run_dir / runs.CHECKPOINTS))
         source = None if continues or cfg.resume in ("auto", "never") else preflight.check_resume(cfg)
+        start = None if continues or cfg.init_from is None else preflight.check_init(cfg)
+        teachers = preflight.check_teacher(cfg, run_dir)
         tokens = prepare(cfg.data)
         preflight.check_vocabulary(cfg, tokens.vocab_size)
+        preflight.check_teacher_tokenizer(teachers, tokens.tokenizer_path)
+        preflight.check_teacher_logits(cfg, teachers, tokens)
         runs.open_run(cfg, run_dir)
         preflight.check_disk(cfg, run_dir, tokens.vocab_size)
         with runs.locked(run_dir):
@@ -48,13 +52,23 @@ def run(cfg: TrainConfig, overrides: Sequence[str] = ()) -> Path:
             if continues:
                 preflight.check_same_corpus(run_dir, tokens)
             if source is not None:
-                preflight.check_same_tokenizer(source, tokens)
+                preflight.check_same_tokenizer(source, tokens, "resume")
+            if start is not None:
+                preflight.check_same_tokenizer(start, tokens, "init_from")
             facts = {
                 **runs.read_json(run_dir / runs.RUN_FILE),
                 "id": runs.run_id(run_dir),
                 "command": f"sparse-pretrain train {shlex.join(overrides)}".strip(),
                 "token_store": str(tokens.folder),
+                "teachers": {
+                    path: {"folder": str(teacher.folder), "sha256": teacher.sha256}
+                    for path, teacher in teachers.items()
+                },
             }
+            if cfg.recipe.decay.factor == "auto" and "decay_search" not in facts:
+                from sparse_pretrain.factor_search import search
+
+                facts["decay_search"] = search(cfg, SearchConfig(), run_dir / runs.DECAY_SEARCH, run)
             runs.write_json(run_dir / runs.RUN_FILE, facts)
             with runs.writing(run_dir):
                 shutil.copyfile(tokens.tokenizer_path, run_dir / runs.TOKENIZER_FILE)
@@ -65,9 +79,12 @@ def run(cfg: TrainConfig, overrides: Sequence[str] = ()) -> Path:
 
 
 def finish(run_dirs: list[Path]) -> None:
-    """Show what came out: one table and one page for all of these runs."""
+    """Show what came out: one table and one page for all of these runs that have logged a step."""
     from sparse_pretrain.report import make_report
 
+    run_dirs = [run_dir for run_dir in run_dirs if runs.read_rows(run_dir / runs.METRICS_FILE)]
+    if not run_dirs:  # trainer.stop_after came before
+        return
     out = (run_dirs[0] if len(run_dirs) == 1 else run_dirs[-1].parent) / "report.html"
     print()
     print(make_report(run_dirs, out))
@@ -89,4 +106,17 @@ def with_absolute_paths(cfg: TrainConfig) -> TrainConfig:
         changes["tokenizer"] = absolute(data.tokenizer)
     if data.hf_path and Path(data.hf_path).expanduser().is_dir():
         changes["hf_path"] = absolute(data.hf_path)
-    return dataclasses.replace(cfg, data=dataclasses.replace(data, **changes))
+    recipe, teacher = cfg.recipe, cfg.recipe.teacher
+    teacher = dataclasses.replace(
+        teacher,
+        models=[model if model == "self" else absolute(model) for model in teacher.models],
+        logits=teacher.logits and absolute(teacher.logits),
+        reference=teacher.reference and absolute(teacher.reference),
+    )
+    adapter = dataclasses.replace(recipe.adapter, path=recipe.adapter.path and absolute(recipe.adapter.path))
+    return dataclasses.replace(
+        cfg,
+        data=dataclasses.replace(data, **changes),
+        recipe=dataclasses.replace(recipe, teacher=teacher, adapter=adapter),
+        init_from=cfg.init_from and absolute(cfg.init_from),
+    )

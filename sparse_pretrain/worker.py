@@ -33,15 +33,18 @@ from sparse_pretrain.hardware import device_name, peak_tflops, pick_device, prec
 from sparse_pretrain.interrupt import Interrupted, before_the_first_step
 from sparse_pretrain.loggers import build_loggers, close_loggers
 from sparse_pretrain.models.count import count_model
+from sparse_pretrain.sparsity.adapters import load_adapters, save_adapters
 from sparse_pretrain.tasks.causal_lm import CausalLM
 from sparse_pretrain.tasks.metrics import MetricsCallback
 from sparse_pretrain.tasks.products import ProductsCallback
+from sparse_pretrain.tasks.teacher import TeacherCallback
+from sparse_pretrain.tasks.trained import load_weights
 
 PACKAGES = ("torch", "triton", "lightning", "hydra-core", "tokenizers", "datasets")
 
 
 def run(run_dir: Path) -> None:
-    """Train, or go on training, the run of `run_dir`; does nothing if it is complete.
+    """Train, or go on training, the run of `run_dir`, up to `trainer.stop_after`; does nothing if it is complete.
 
     Raises:
         UserError: the run cannot start, or a guard stopped it.
@@ -54,15 +57,24 @@ def run(run_dir: Path) -> None:
     tokens = TokenStore.open(Path(runs.read_json(run_dir / runs.RUN_FILE)["token_store"]))
     checkpoint = find_checkpoint(cfg, run_dir)
     steps_done = store.step_of(checkpoint) if checkpoint else 0
+    if cfg.trainer.stop_after is not None and cfg.trainer.stop_after <= steps_done < cfg.trainer.steps:
+        print_stop(cfg, run_dir, steps_done)
+        return
 
     module = CausalLM(cfg, tokens.vocab_size)
+    training = module.sparse_training
     module.forked = checkpoint is not None and checkpoint.parent != run_dir / runs.CHECKPOINTS
+    if checkpoint is None and cfg.init_from is not None:
+        load_weights(module, cfg.init_from)
+    if checkpoint is None and cfg.recipe.adapter.path is not None:
+        load_adapters(module.model, cfg.recipe.adapter.path)
     device = pick_device(cfg.trainer.accelerator, "trainer.accelerator")
     dtype = precision_dtype(cfg.trainer.precision, device, "trainer.precision")
-    count = count_model(module.model, cfg.model, cfg.data.seq_len)
+    count = count_model(module.model, cfg.model, cfg.data.seq_len, training.own_lr)
     peak, peak_source = (cfg.trainer.peak_tflops, "given") if cfg.trainer.peak_tflops else peak_tflops(device, dtype)
     identifier = runs.run_id(run_dir)
     callbacks = [
+        TeacherCallback(run_dir, tokens.vocab_size),
         ProductsCallback(run_dir, dtype),
         MetricsCallback(run_dir, count.flop_per_token, peak * 1e12 * cfg.trainer.devices),
         CheckpointCallback(
@@ -71,6 +83,7 @@ def run(run_dir: Path) -> None:
             cfg.trainer.checkpoints_kept,
             cfg.trainer.steps,
             poll_every=cfg.trainer.log_every,
+            stop_after=cfg.trainer.stop_after,
         ),
     ]
     trainer = lightning.Trainer(
@@ -78,7 +91,10 @@ def run(run_dir: Path) -> None:
         devices=cfg.trainer.devices,
         # masks and guards are the same on all ranks, being functions of the same weights, losses and norms: sending
         # them (and Ŵ) round before each step would cost half as much as the gradients
-        strategy=DDPStrategy(broadcast_buffers=False) if cfg.trainer.devices > 1 else "auto",
+        # adapters and the logits of masks have no gradient in some phases
+        strategy=DDPStrategy(broadcast_buffers=False, find_unused_parameters=bool(training.adapters or training.own_lr))
+        if cfg.trainer.devices > 1
+        else "auto",
         plugins=[AtomicCheckpointIO(), precision_plugin(dtype, device)],
         callbacks=callbacks,
         logger=False,
@@ -122,7 +138,11 @@ def run(run_dir: Path) -> None:
         trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
     finally:
         close_loggers(trainer.loggers)
-    if trainer.is_global_zero:
+    if module.steps_done < cfg.trainer.steps:
+        print_stop(cfg, run_dir, module.steps_done)
+    elif trainer.is_global_zero:
+        if training.adapters:
+            save_adapters(module.model, run_dir / runs.ADAPTER_FILE)
         runs.write_json(run_dir / runs.SUMMARY_FILE, summarize(module, run_dir))
 
 
@@ -157,13 +177,26 @@ def print_start(cfg: TrainConfig, run_dir: Path, facts: dict[str, Any], steps_do
     )
     if sparse:
         share = f"{weights / 1e6:.2f}M weights ({weights / model['parameters']:.0%})"
-        print(f"  recipe {cfg.recipe.name}: {len(sparse)} linear layers 2:4 sparse, {share}")
+        print(f"  recipe {cfg.recipe.name}: {len(sparse)} linear layers {cfg.recipe.pattern} sparse, {share}")
+    adapted = sum(row["adapted"] for row in facts["layers"])
+    if adapted:
+        print(f"  {cfg.recipe.adapter.kind} adapters beside {adapted} linear layers")
+    if "decay_search" in facts:
+        print(f"  decay factor {cfg.recipe.decay.factor:g}, found by the flip rates of short runs")
     for row in facts["layers"]:
         if row["skipped"]:
             print(f"  {row['name']} stays dense: {row['skipped']}")
     if steps_done:
         print(f"  resuming at step {steps_done}")
     sys.stdout.flush()
+
+
+def print_stop(cfg: TrainConfig, run_dir: Path, steps_done: int) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"{run_dir.name}: stopped at step {steps_done} of {cfg.trainer.steps}, by "
+            f"trainer.stop_after={cfg.trainer.stop_after}; the same command with a later one, or none, continues it"
+        )
 
 
 def summarize(module: CausalLM, run_dir: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def composed(*overrides) -> TrainConfig:
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda value: value)
 def test_every_choice_makes_a_valid_run(group, choice):
-    extra = ["data.train=[x]"] if choice == "text" else []
+    extra = {"text": ["data.train=[x]"], "draft": ["recipe.teacher.models=[x]"]}.get(choice, [])
     cfg = composed(f"{group}={choice}", *extra)
     preflight.check(cfg)
     if group in ("model", "data", "recipe"):
@@ -29,20 +29,27 @@ def test_every_choice_makes_a_valid_run(group, choice):
 
 
 @pytest.mark.parametrize(
-    ("group", "choice"), [c for c in CHOICES if c[0] not in ("experiment", "debug")], ids=lambda value: value
+    ("group", "choice"), [c for c in CHOICES if c[0] not in ("recipe", "experiment", "debug")], ids=lambda value: value
 )
 def test_every_file_lists_every_option(group, choice):
     """Hydra only takes overrides of options that the YAML names."""
-    schema = {"model": config.ModelConfig, "data": config.DataConfig, "recipe": config.RecipeConfig, "optimizer": config.OptimizerConfig,
+    schema = {"model": config.ModelConfig, "data": config.DataConfig, "optimizer": config.OptimizerConfig,
               "scheduler": config.SchedulerConfig, "trainer": config.TrainerConfig, "logger": config.LoggerConfig}[group]  # fmt: skip
     listed = config.flatten(yaml.safe_load((config_dir() / group / f"{choice}.yaml").read_text()))
     assert set(listed) == set(config.options(schema))
 
 
+def test_recipes_say_what_differs_from_the_defaults():
+    defaults = yaml.safe_load((config_dir() / "recipe_defaults.yaml").read_text())
+    assert set(config.flatten(defaults)) == set(config.options(config.RecipeConfig))
+    assert config.load(config.RecipeConfig, defaults | {"name": "x"}) == config.RecipeConfig("x")
+
+
 @pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "train"])
 def test_every_command_lists_every_option(name):
-    listed = yaml.safe_load((config_dir() / f"{name}.yaml").read_text())
-    assert set(listed) - {"hydra", "defaults"} == set(config.options(cli.COMMANDS[name].schema))
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        listed = cli._plain(compose(cli.file_name(name)))
+    assert set(config.flatten(listed)) == set(config.options(cli.COMMANDS[name].schema))
 
 
 def test_recipes_load_without_hydra():

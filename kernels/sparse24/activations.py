@@ -1,7 +1,7 @@
-"""Activations of a feed-forward layer as one operator: one pass over memory each way, nothing saved but the inputs.
+"""Activations of a feed-forward layer as operators: one pass over memory each way, nothing saved but the inputs.
 
-A custom operator with a fake implementation and its own gradient, so torch.compile has no graph break. On a GPU it is
-the kernel of `gated`, elsewhere the formula in PyTorch.
+Custom operators with a fake implementation and a gradient of their own, so torch.compile has no graph break. On a GPU
+they are the kernels of `gated`, elsewhere the formula in PyTorch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse24.ops import use_kernels
+from sparse24.reference import magnitude_mask
 
 GATED = ("geglu", "swiglu")
 KINDS = ("gelu", "relu2", *GATED)
@@ -129,3 +130,75 @@ def _gradients(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Te
 
 
 _activation.register_autograd(_gradients, setup_context=_save_inputs)
+
+
+# --- squared ReLU pruned to 2:4 ---
+
+
+def pruned_relu2(x: Tensor) -> Tensor:
+    """relu(x)² with the two largest of every four consecutive features of a token, zeros in the place of the others.
+
+    Haziza et al. 2025 ("Accelerating Transformer Inference and Training with 2:4 Activation Sparsity", arXiv
+    2503.16672): most entries are zero already, so few are lost. A tie keeps the lower feature. The gradient is
+    2·relu(x)·dy where an entry was kept, zero elsewhere; the gradients that the paper prunes as well stay dense here.
+
+    The result is 2:4 but stored with its zeros, so a product with it takes as long as a dense one. Packed for sparse
+    products it comes from `gated.relu2_prune_pack`.
+
+    Args:
+        x: (..., features) float32, bfloat16 or float16, any strides; features a multiple of 4.
+
+    Returns:
+        (..., features), contiguous, in the dtype of x; which entries are kept is decided after rounding to it.
+
+    Raises:
+        ValueError: x does not fit.
+    """
+    if x.dtype not in _DTYPES or x.dim() == 0 or x.shape[-1] % 4:
+        raise ValueError(
+            "x must be float32, bfloat16 or float16 of shape (..., features) with features a multiple of 4; "
+            f"found {x.dtype} of {tuple(x.shape)}"
+        )
+    return _pruned_relu2(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+
+@torch.library.custom_op("sparse24::pruned_relu2", mutates_args=(), schema="(Tensor x) -> Tensor")
+def _pruned_relu2(x: Tensor) -> Tensor:
+    if use_kernels(x):
+        from sparse24.gated import relu2_prune
+
+        return relu2_prune(x)
+    h = _value(x.float(), "relu2").to(x.dtype).contiguous()
+    return h.masked_fill_(~magnitude_mask(h), 0)
+
+
+@torch.library.custom_op("sparse24::pruned_relu2_backward", mutates_args=(), schema="(Tensor dy, Tensor x) -> Tensor")
+def _pruned_relu2_backward(dy: Tensor, x: Tensor) -> Tensor:
+    if use_kernels(x):
+        from sparse24.gated import relu2_prune_backward
+
+        return relu2_prune_backward(dy, x)
+    mask = magnitude_mask(_value(x.float(), "relu2").to(x.dtype))
+    return _gradient(dy.float(), x.float(), "relu2").masked_fill_(~mask, 0).to(x.dtype).contiguous()
+
+
+@_pruned_relu2.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_pruned_relu2_backward.register_fake
+def _(dy: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save_x(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradient_of_x(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> Tensor:
+    (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    return _pruned_relu2_backward(dy, x)
+
+
+_pruned_relu2.register_autograd(_gradient_of_x, setup_context=_save_x)

@@ -54,7 +54,7 @@ class SparseWeight(NamedTuple):
     """The 2:4 weight of this step, packed for its products. In fp8 the last tensor of an operand is its scale.
 
     forward: operand (out_features, in_features) of Y = X Ŵᵀ.
-    input_gradient: operand (in_features, out_features) of dX = dY Ŵ.
+    input_gradient: operand (in_features, out_features) of dX = dY Ŵ; a dense one without tensors is the forward one's.
     weight_gradient: the choice (`backend` or `backend:variant`) for dW with MVUE; nothing of Ŵ is needed there.
     """
 
@@ -63,11 +63,14 @@ class SparseWeight(NamedTuple):
     weight_gradient: str = "dense"
 
 
-def fp8_weight(sparse_weight: Tensor, choice: str = "dense") -> SparseWeight:
-    """Ŵ (out_features, in_features) quantised: e4m3 as `choice` wants it for the forward product, e5m2 for dX."""
+def fp8_weight(sparse_weight: Tensor, choice: str = "dense", input_weight: Tensor | None = None) -> SparseWeight:
+    """Ŵ (out_features, in_features) quantised: e4m3 as `choice` wants it for the forward product, e5m2 for dX, which
+    may be with another weight."""
     backend, _ = split_choice(choice)
     quantized, scale = ops.fp8_quantize(sparse_weight, torch.float8_e4m3fn)
-    quantized_dx, scale_dx = ops.fp8_quantize(sparse_weight, torch.float8_e5m2)
+    quantized_dx, scale_dx = ops.fp8_quantize(
+        sparse_weight if input_weight is None else input_weight, torch.float8_e5m2
+    )
     return SparseWeight(
         Operand(choice, [*backend.pack_fp8(quantized), scale]), Operand("dense", [quantized_dx.t(), scale_dx])
     )
@@ -110,7 +113,7 @@ def sparse_linear(
         if fp8:
             sparse_weight = fp8_weight(sparse_weight.detach())
         else:
-            sparse_weight = SparseWeight(Operand("dense", [sparse_weight]), Operand("dense", [sparse_weight.t()]))
+            sparse_weight = SparseWeight(Operand("dense", [sparse_weight]), Operand("dense", []))
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be (..., in_features={weight.shape[1]}); found {tuple(x.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -153,7 +156,7 @@ class _SparseLinear(torch.autograd.Function):
         if choices[0] == "dense" and not fp8:
             operand = [_autocast(operand[0])]
         if choices[1] == "dense" and not fp8:
-            operand_t = [operand[0].t() if choices[0] == "dense" else _autocast(operand_t[0])]
+            operand_t = [_autocast(operand_t[0]) if operand_t else operand[0].t()]
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         saved_x, x_scale = x if needs_dw else None, None
         if needs_dw and fp8:

@@ -1,7 +1,7 @@
-"""Activations of a feed-forward layer in one pass each way, and squared ReLU pruned to 2:4 and packed.
+"""Activations of a feed-forward layer in one pass each way, and squared ReLU pruned to 2:4, packed or not.
 
-`activations.gated_activation` is what a model calls; here are the kernels. Everything is computed in float32 and
-rounded once. The backward kernels recompute what they need from the inputs, so nothing else is saved.
+`activations.gated_activation` and `pruned_relu2` are what a model calls; here are the kernels. Everything is computed
+in float32 and rounded once. The backward kernels recompute what they need from the inputs, so nothing else is saved.
 """
 
 from __future__ import annotations
@@ -110,12 +110,21 @@ def relu2_prune_pack(
     return out
 
 
+def relu2_prune(x: Tensor) -> Tensor:
+    """What `relu2_prune_pack` packs, with its zeros: (tokens, features), contiguous, in the dtype of x.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    return _prune(x, None)
+
+
 def relu2_prune_backward(dy: Tensor, x: Tensor) -> Tensor:
-    """The gradient of `relu2_prune_pack` with respect to x: 2·relu(x)·dy where h was kept, zero elsewhere.
+    """The gradient of `relu2_prune` with respect to x: 2·relu(x)·dy where h was kept, zero elsewhere.
 
     Args:
         dy: (tokens, features), the gradient of the pruned activation, dense, any strides, dtype of x.
-        x: as given to `relu2_prune_pack`; which entries were kept is found again from it.
+        x: as given to `relu2_prune`; which entries were kept is found again from it.
 
     Returns:
         (tokens, features), contiguous.
@@ -123,20 +132,25 @@ def relu2_prune_backward(dy: Tensor, x: Tensor) -> Tensor:
     Raises:
         ValueError: an argument does not fit.
     """
-    tokens, groups = _groups(x)
     if dy.shape != x.shape or dy.dtype != x.dtype or dy.device != x.device:
         raise ValueError(
             f"dy must be {x.dtype} of {tuple(x.shape)} on {x.device}; "
             f"found {dy.dtype} of {tuple(dy.shape)} on {dy.device}"
         )
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return _prune(x, dy)
+
+
+def _prune(x: Tensor, dy: Tensor | None) -> Tensor:
+    tokens, groups = _groups(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if grid := triton.cdiv(tokens, _TILE[0]) * triton.cdiv(groups, _TILE[1]):
         with torch.cuda.device_of(x):
-            _relu2_prune_backward[(grid,)](
-                dy, x, dx, tokens, groups, *dy.stride(), *x.stride(), DTYPE=_DTYPES[x.dtype],
-                DY_ROW_MAJOR=dy.stride(1) == 1, ROW_MAJOR=x.stride(1) == 1, R=_TILE[0], G=_TILE[1], num_warps=4,
+            _relu2_prune[(grid,)](
+                x, dy, out, tokens, groups, *x.stride(), *_strides(dy), DTYPE=_DTYPES[x.dtype],
+                ROW_MAJOR=x.stride(1) == 1, DY_ROW_MAJOR=dy is None or dy.stride(1) == 1, R=_TILE[0], G=_TILE[1],
+                num_warps=4,
             )  # fmt: skip
-    return dx
+    return out
 
 
 def _grid(up: Tensor) -> int:
@@ -265,27 +279,34 @@ def _relu2_prune_pack(
 
 
 @triton.jit
-def _relu2_prune_backward(
-    dy_ptr, x_ptr, dx_ptr, tokens, groups, dy_row_stride, dy_col_stride, row_stride, col_stride, DTYPE: tl.constexpr,
-    DY_ROW_MAJOR: tl.constexpr, ROW_MAJOR: tl.constexpr, R: tl.constexpr, G: tl.constexpr
+def _relu2_prune(
+    x_ptr, dy_ptr, out_ptr, tokens, groups, row_stride, col_stride, dy_row_stride, dy_col_stride, DTYPE: tl.constexpr,
+    ROW_MAJOR: tl.constexpr, DY_ROW_MAJOR: tl.constexpr, R: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
+    """The kept values, or with dy the gradient."""
     row_start, group_start = _tile(groups, R, G)
     x0, x1, x2, x3 = load_fours(x_ptr, row_start, group_start, tokens, groups, row_stride, col_stride, R, G, ROW_MAJOR)
-    dy0, dy1, dy2, dy3 = load_fours(
-        dy_ptr, row_start, group_start, tokens, groups, dy_row_stride, dy_col_stride, R, G, DY_ROW_MAJOR
-    )
     h0, d0 = _relu2(x0, DTYPE)
     h1, d1 = _relu2(x1, DTYPE)
     h2, d2 = _relu2(x2, DTYPE)
     h3, d3 = _relu2(x3, DTYPE)
-    left, right, k1, k3 = two_largest(h0.to(tl.float32), h1.to(tl.float32), h2.to(tl.float32), h3.to(tl.float32))
-    dx = join4(
-        tl.where(left | (~right & ~k1), d0 * dy0.to(tl.float32), 0.0),
-        tl.where(left | (~right & k1), d1 * dy1.to(tl.float32), 0.0),
-        tl.where(right | (~left & ~k3), d2 * dy2.to(tl.float32), 0.0),
-        tl.where(right | (~left & k3), d3 * dy3.to(tl.float32), 0.0),
+    y0, y1, y2, y3 = h0.to(tl.float32), h1.to(tl.float32), h2.to(tl.float32), h3.to(tl.float32)
+    left, right, k1, k3 = two_largest(y0, y1, y2, y3)
+    if dy_ptr is not None:
+        dy0, dy1, dy2, dy3 = load_fours(
+            dy_ptr, row_start, group_start, tokens, groups, dy_row_stride, dy_col_stride, R, G, DY_ROW_MAJOR
+        )
+        y0 = d0 * dy0.to(tl.float32)
+        y1 = d1 * dy1.to(tl.float32)
+        y2 = d2 * dy2.to(tl.float32)
+        y3 = d3 * dy3.to(tl.float32)
+    out = join4(
+        tl.where(left | (~right & ~k1), y0, 0.0),
+        tl.where(left | (~right & k1), y1, 0.0),
+        tl.where(right | (~left & ~k3), y2, 0.0),
+        tl.where(right | (~left & k3), y3, 0.0),
     )
     row = row_start + tl.arange(0, R)[:, None]
     col = 4 * group_start + tl.arange(0, 4 * G)[None, :]
-    dx_ptr += row.to(tl.int64) * (4 * groups) + col
-    tl.store(dx_ptr, tl.reshape(dx, (R, 4 * G)).to(DTYPE), mask=(row < tokens) & (col < 4 * groups))
+    out_ptr += row.to(tl.int64) * (4 * groups) + col
+    tl.store(out_ptr, tl.reshape(out, (R, 4 * G)).to(DTYPE), mask=(row < tokens) & (col < 4 * groups))

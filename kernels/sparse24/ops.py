@@ -14,7 +14,6 @@ from torch import Tensor
 from sparse24 import reference
 
 HAS_TRITON = find_spec("triton") is not None
-_MASKS = {"magnitude": reference.magnitude_mask, "transposable": reference.transposable_mask}
 
 
 def use_kernels(tensor: Tensor) -> bool:
@@ -25,19 +24,21 @@ def use_kernels(tensor: Tensor) -> bool:
 # --- once per optimizer step ---
 
 
-def refresh_mask_(weight: Tensor, mask: Tensor, projection: str) -> Tensor:
-    """Recompute a mask in place from its weight; on a GPU in one pass over both.
+def refresh_mask_(weight: Tensor, mask: Tensor, projection: str, pattern: tuple[int, int] = (2, 4)) -> Tensor:
+    """Recompute a mask in place from its weight (or other scores); on a GPU and for 2:4 in one pass over both.
 
     Args:
         weight: (out_features, in_features), floating point, any strides.
         mask: boolean of that shape, any strides.
         projection: `magnitude` or `transposable`.
+        pattern: N and M; transposable masks are 2:4.
 
     Returns:
         how many entries changed, 0-dim int64.
     """
-    if not use_kernels(weight):
-        new = _MASKS[projection](weight)
+    if not use_kernels(weight) or pattern != (2, 4):
+        transposable = projection == "transposable"
+        new = reference.transposable_mask(weight) if transposable else reference.magnitude_mask(weight, *pattern)
         flips = (new != mask).sum()
         mask.copy_(new)
         return flips

@@ -1,8 +1,8 @@
 """AdamW with masked decay over many tensors in one pass and one launch.
 
-Each element of a weight, its gradient and its two moments is read once and written once (the gradient only read),
-whatever is switched on; masked decay adds one byte of mask. Mask changes are not counted here: the kernels that
-refresh a mask count them in their own pass.
+Each element of a weight, its gradient and its two moments is read once and written once (the gradient and a frozen
+second moment only read), whatever is switched on; masked decay adds one byte of mask. Mask changes are not counted
+here: the kernels that refresh a mask count them in their own pass.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def adamw_step(
     weight_decay: float,
     decay_factor: float = 0.0,
     decay_place: str = "none",
+    frozen: bool = False,
     found_inf: Tensor | None = None,
     grad_scale: Tensor | None = None,
     table: TensorTable | None = None,
@@ -83,6 +84,9 @@ def adamw_step(
         momentum: u = m + λ·(1−M)⊙W takes the place of m in the update of W, and of g in v; m itself stays without
             it (AST, Huang et al. 2025). A parameter without a mask is updated as with `none`.
         weight: W ← W − lr·λ·(1−M)⊙W first (SR-STE, arXiv 2102.04010, under Adam).
+
+    With `frozen`, exp_avg_sqs hold v̂, the corrected second moment of an earlier step: it is only read, and
+    W ← W − lr·(m/(1−β₁ᵗ)) / (√v̂ + ε) (STEP, Lu et al. 2023, phase 2).
 
     Moments in bfloat16 save memory, but v can shrink no more once 1 − β₂ is below about 2⁻⁸: changes that small are
     lost in rounding.
@@ -142,6 +146,7 @@ def adamw_step(
                 float(weight_decay),
                 float(decay_factor),
                 PLACE=place,
+                FROZEN=frozen,
                 LR_IN_MEMORY=isinstance(lr, Tensor),
                 P=_DTYPES[dtypes[0]],
                 G=_DTYPES[dtypes[1]],
@@ -233,7 +238,7 @@ def _address(table_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.c
 @triton.jit
 def _update(
     p_ptr, g_ptr, m_ptr, v_ptr, mask_ptr, offset, inside, lr, grad_scale_ptr, take1, take2, step_size, root, eps,
-    weight_decay, decay_factor, PLACE: tl.constexpr
+    weight_decay, decay_factor, PLACE: tl.constexpr, FROZEN: tl.constexpr
 ):  # fmt: skip
     p = tl.load(p_ptr + offset, mask=inside).to(tl.float32)
     g = tl.load(g_ptr + offset, mask=inside).to(tl.float32)
@@ -256,18 +261,20 @@ def _update(
     if PLACE == "momentum":
         u += decay
         g = tl.where(has_mask, u, g)
-    v += take2 * (g * g - v)
+    if not FROZEN:
+        v += take2 * (g * g - v)
     p -= step_size * u / (tl.sqrt(v) * root + eps)
     tl.store(p_ptr + offset, p.to(p_ptr.dtype.element_ty), mask=inside)
     tl.store(m_ptr + offset, m.to(m_ptr.dtype.element_ty), mask=inside)
-    tl.store(v_ptr + offset, v.to(v_ptr.dtype.element_ty), mask=inside)
+    if not FROZEN:
+        tl.store(v_ptr + offset, v.to(v_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _adamw(
     table_ptr, owners_ptr, lr, found_inf_ptr, grad_scale_ptr, take1, take2, log_beta1, log_beta2, eps, weight_decay,
-    decay_factor, PLACE: tl.constexpr, LR_IN_MEMORY: tl.constexpr, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-    V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+    decay_factor, PLACE: tl.constexpr, FROZEN: tl.constexpr, LR_IN_MEMORY: tl.constexpr, P: tl.constexpr,
+    G: tl.constexpr, M: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One block of one tensor. take1, take2: 1 − β₁ and 1 − β₂, rounded once."""
     if found_inf_ptr is not None:  # noqa: SIM102 (decided by the compiler, unlike the next)
@@ -284,16 +291,18 @@ def _adamw(
     if LR_IN_MEMORY:
         lr = tl.load(lr)
     step_size = lr / _one_minus_power(log_beta1, t)
-    root = 1.0 / tl.sqrt_rn(_one_minus_power(log_beta2, t))
+    root = 1.0
+    if not FROZEN:
+        root = 1.0 / tl.sqrt_rn(_one_minus_power(log_beta2, t))
     start = (tl.program_id(0) - tl.load(table_ptr + 7)) * BLOCK
     offset = start + tl.arange(0, BLOCK)
     if start + BLOCK <= size:  # without a mask, as only such accesses are known to be whole 16 bytes
         _update(
             p_ptr, g_ptr, m_ptr, v_ptr, mask_ptr, offset, None, lr, grad_scale_ptr, take1, take2, step_size,
-            root, eps, weight_decay, decay_factor, PLACE,
+            root, eps, weight_decay, decay_factor, PLACE, FROZEN,
         )  # fmt: skip
     else:
         _update(
             p_ptr, g_ptr, m_ptr, v_ptr, mask_ptr, offset, offset < size, lr, grad_scale_ptr, take1, take2, step_size,
-            root, eps, weight_decay, decay_factor, PLACE,
+            root, eps, weight_decay, decay_factor, PLACE, FROZEN,
         )  # fmt: skip

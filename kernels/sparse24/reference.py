@@ -63,29 +63,35 @@ TRANSPOSABLE_PATTERNS = torch.tensor(
 # --- masks and the soft threshold ---
 
 
-def _check_weight(weight: Tensor) -> None:
+def _check_weight(weight: Tensor, group: int = 4) -> None:
     if not weight.is_floating_point():
         raise ValueError(f"weight must be floating point; found {weight.dtype}")
-    if weight.dim() == 0 or weight.shape[-1] % 4:
-        raise ValueError(f"in_features must be a multiple of 4; found {weight.shape[-1] if weight.dim() else 'none'}")
+    if weight.dim() == 0 or weight.shape[-1] % group:
+        found = weight.shape[-1] if weight.dim() else "none"
+        raise ValueError(f"in_features must be a multiple of {group}; found {found}")
 
 
-def magnitude_mask(weight: Tensor) -> Tensor:
-    """The 2:4 mask that keeps the two largest |w| of each group.
+def magnitude_mask(weight: Tensor, kept: int = 2, group: int = 4) -> Tensor:
+    """The mask that keeps the `kept` largest |w| of each `group` consecutive ones: 2:4, or N:M in general.
 
     A tie keeps the lower index. NaN counts as infinite, so NaNs and infinities are kept before anything else:
-    a group hides one only if it holds more than two.
+    a group hides one only if it holds more than `kept`.
 
     Args:
         weight: (..., in_features), floating point, any strides.
+        kept, group: N and M, with 0 < N < M.
 
     Returns:
         boolean of the same shape, True = kept.
 
     Raises:
-        ValueError: in_features is not a multiple of 4, or the dtype is not floating point.
+        ValueError: in_features is not a multiple of `group`, or the dtype is not floating point.
     """
-    _check_weight(weight)
+    _check_weight(weight, group)
+    if (kept, group) != (2, 4):
+        magnitude = weight.detach().abs().nan_to_num_(nan=torch.inf, posinf=torch.inf).unflatten(-1, (-1, group))
+        largest = magnitude.argsort(dim=-1, descending=True, stable=True)[..., :kept]
+        return torch.zeros_like(magnitude, dtype=torch.bool).scatter_(-1, largest, True).reshape(weight.shape)
     magnitude = weight.detach().unflatten(-1, (-1, 4)).movedim(-1, 0).contiguous().abs()
     a0, a1, a2, a3 = magnitude.nan_to_num_(nan=torch.inf, posinf=torch.inf)
     # b_ij: j > i goes before i. Entry i is kept unless at least two of the others go before it.

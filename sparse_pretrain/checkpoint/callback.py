@@ -30,14 +30,19 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class CheckpointCallback(lightning.Callback):
-    """Saves every `every` steps, at the last step, and when a signal asks the run to end.
+    """Saves every `every` steps, at the last step, after step `stop_after`, and when a signal asks the run to end.
+
+    After step `stop_after` it ends the run too, quietly; a signal does so with `Interrupted`.
 
     The module must count its optimizer steps in `steps_done`. Add this callback last: what other callbacks do after a
     step (validation, metrics) is then part of the checkpoint.
     """
 
-    def __init__(self, folder: Path, every: int, kept: int, total_steps: int, poll_every: int) -> None:
+    def __init__(
+        self, folder: Path, every: int, kept: int, total_steps: int, poll_every: int, stop_after: int | None = None
+    ) -> None:
         self.folder, self.every, self.kept, self.total_steps = folder, every, kept, total_steps
+        self.stop_after = stop_after
         self.poll_every = poll_every  # steps between asking the other ranks whether they got a signal
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
@@ -60,7 +65,7 @@ class CheckpointCallback(lightning.Callback):
             interrupted = step % self.poll_every == 0 and trainer.strategy.reduce_boolean_decision(
                 interrupted, all=False
             )
-        if step % self.every == 0 or step == self.total_steps or interrupted:
+        if step % self.every == 0 or step in (self.total_steps, self.stop_after) or interrupted:
             trainer.save_checkpoint(store.checkpoint_folder(self.folder, step))
             if trainer.is_global_zero:
                 store.prune(self.folder, self.kept)
@@ -69,6 +74,8 @@ class CheckpointCallback(lightning.Callback):
             raise Interrupted(
                 f"{name}: checkpoint saved at step {step} of {self.total_steps}; the same command continues it"
             )
+        if step == self.stop_after:
+            trainer.should_stop = True
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         for number, handler in self._previous.items():

@@ -15,7 +15,11 @@ def token_losses(model: nn.Module, sequences: Tensor) -> Tensor:
 
     sequences: (batch, n + 1) int64; returns (batch · n,) fp32, in nats.
     """
-    logits = model(sequences[:, :-1])
+    return cross_entropies(model(sequences[:, :-1]), sequences)
+
+
+def cross_entropies(logits: Tensor, sequences: Tensor) -> Tensor:
+    """The same from the logits of tokens 0 … n - 1, (batch, n, vocab)."""
     return F.cross_entropy(logits.flatten(0, 1).float(), sequences[:, 1:].flatten(), reduction="none")
 
 

@@ -1,14 +1,17 @@
-"""AdamW with masked decay at each of the places it has been published for."""
+"""AdamW with masked decay at each of the places it has been published for, and STEP's frozen second moment."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from sparse24.ops import use_kernels
 from torch import Tensor, nn
+
+FROZEN = "second_moment_frozen"  # of a group: the switch was made; of a weight's state: it had a second moment then
 
 
 @dataclass
@@ -27,9 +30,60 @@ class MaskedDecay:
     factor: float = 0.0
     masks: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 
+    @property
+    def place_now(self) -> str:
+        return self.place if self.factor > 0 else "none"
+
     def term(self, weight: Tensor, mask: Tensor) -> Tensor:
         """λ·(1−M)⊙W, in the weight's dtype."""
         return weight.detach().masked_fill(mask, 0.0).mul_(self.factor)
+
+    def apply(self, groups: list[dict[str, Any]], live: Tensor | float = 1.0) -> None:
+        """At `gradient` and `weight`: to the parameters of an optimizer's groups that have a mask and a gradient.
+
+        live: 1, or 0 for a step that is to be dropped (its gradients may be anything, its weights stay).
+        """
+        for group in groups:
+            for weight in group["params"]:
+                mask = self.masks.get(weight)
+                if mask is None or weight.grad is None:
+                    continue
+                if self.place_now == "gradient":
+                    weight.grad.add_(self.term(weight, mask))
+                elif self.place_now == "weight":
+                    weight.sub_(self.term(weight, mask).mul_(group["lr"] * live))
+
+
+@dataclass
+class SecondMoment:
+    """What STEP (Lu et al. 2023) asks of Adam's second moment: how much it still changes, and then to hold it.
+
+    watched: weights whose change is computed by each step; empty = none.
+    mean: over all of their entries, `arithmetic` or `geometric` (entries that do not change at all count as the
+        smallest normal float32).
+    change: Z_t = mean |v_t − v_{t−1}| of the last step, 0-dim fp32; after a dropped step still that of the step before
+        (infinite if there was none).
+    frozen: set it to True once: from the next step on AdamW divides by the v̂ = v/(1−β₂ᵗ) of the step before, and v
+        changes no more. There is no way back.
+    """
+
+    watched: list[nn.Parameter] = field(default_factory=list)
+    mean: str = "arithmetic"
+    change: Tensor | None = None
+    frozen: bool = False
+
+    def record(self, changes: list[Tensor], found_inf: Tensor | None) -> None:
+        """Set `change` from the |v_t − v_{t−1}| of the watched weights."""
+        entries = sum(change.numel() for change in changes)
+        if self.mean == "geometric":
+            tiny = torch.finfo(torch.float32).tiny
+            mean = (torch.stack([x.clamp_min_(tiny).log_().sum() for x in changes]).sum() / entries).exp()
+        else:
+            mean = torch.stack([x.sum() for x in changes]).sum() / entries
+        if found_inf is not None:
+            before = torch.full_like(mean, math.inf) if self.change is None else self.change.to(mean.device)
+            mean = torch.where(found_inf.to(mean.device) > 0, before, mean)
+        self.change = mean
 
 
 class AdamW(torch.optim.AdamW):
@@ -37,15 +91,30 @@ class AdamW(torch.optim.AdamW):
 
     As torch's own fused optimizers do, it leaves everything untouched when the tensor `found_inf` (0-dim fp32) is set
     to 1: a step is dropped without waiting for the device.
+
+    Once the second moment is frozen (STEP, Lu et al. 2023: the preconditioner of the sparse phase) the step is
+
+        m ← β₁m + (1−β₁)g        W ← W − lr·(m/(1−β₁ᵗ)) / (√v* + ε)        v* = v/(1−β₂ᵗ) of the switch
+
+    for every parameter that had been trained by then; one whose first gradient comes later has an AdamW step of its own
+    beginnings. v* takes the place of v in the state. ε and the correction of v are those of the steps before, so
+    nothing jumps at the switch; the authors' release has √v + ε^0.75 with v uncorrected.
     """
 
     def __init__(
-        self, params: Any, lr: float, betas: tuple[float, float], eps: float, decay: MaskedDecay | None = None
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        decay: MaskedDecay | None = None,
+        second_moment: SecondMoment | None = None,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
         self.decay = decay or MaskedDecay()
+        self.second_moment = second_moment or SecondMoment()
         self.found_inf: Tensor | None = None
-        self._tables: dict[int, Any] = {}  # group -> addresses of its tensors
+        self._tables: dict[tuple[int, bool], Any] = {}  # (group, whether frozen) -> addresses of its tensors
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -53,45 +122,49 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        place = self.decay.place if self.decay.factor > 0 else "none"
+        if self.second_moment.frozen:
+            self._freeze()
+        if self.second_moment.watched:
+            self._watch()
         if use_kernels(self.param_groups[0]["params"][0]):
-            self._step_in_one_pass(place)
+            self._step_in_one_pass()
             return loss
-        if place == "gradient":
-            for weight, mask, grad, _ in self._masked():
-                grad.add_(self.decay.term(weight, mask))
-        elif place == "momentum":
-            for weight, mask, grad, group in self._masked():
-                self._step_with_decayed_momentum(weight, mask, grad, group)
+        self.decay.apply(self.param_groups, self._live())
+        decays_momentum = self.decay.place_now == "momentum"
+        for weight, group in self._stepping():
+            if (decays_momentum and weight in self.decay.masks) or self._is_frozen(weight):
+                self._step_by_formula(weight, group)
                 weight.grad = None  # used up: torch's step below leaves a weight without gradient alone
-        elif place == "weight":
-            for weight, mask, _, group in self._masked():
-                weight.sub_(self.decay.term(weight, mask).mul_(group["lr"] * self._live()))
         super().step()
         return loss
 
-    def _step_in_one_pass(self, place: str) -> None:
+    def _stepping(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
+        return ((p, group) for group in self.param_groups for p in group["params"] if p.grad is not None)
+
+    def _step_in_one_pass(self) -> None:
         from sparse24.optim import TensorTable, adamw_step
 
         for index, group in enumerate(self.param_groups):
-            params = [p for p in group["params"] if p.grad is not None]
-            states = [self._state_of(p) for p in params]
-            adamw_step(
-                params,
-                [p.grad for p in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [state["step"] for state in states],
-                [self.decay.masks.get(p) for p in params],
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                decay_factor=self.decay.factor,
-                decay_place=place,
-                found_inf=self.found_inf,
-                table=self._tables.setdefault(index, TensorTable()),
-            )
+            for frozen in (False, True):
+                params = [p for p in group["params"] if p.grad is not None and self._is_frozen(p) == frozen]
+                states = [self._state_of(p) for p in params]
+                adamw_step(
+                    params,
+                    [p.grad for p in params],
+                    [state["exp_avg"] for state in states],
+                    [state["exp_avg_sq"] for state in states],
+                    [state["step"] for state in states],
+                    [self.decay.masks.get(p) for p in params],
+                    lr=group["lr"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    decay_factor=self.decay.factor,
+                    decay_place=self.decay.place_now,
+                    frozen=frozen,
+                    found_inf=self.found_inf,
+                    table=self._tables.setdefault((index, frozen), TensorTable()),
+                )
 
     def _state_of(self, weight: nn.Parameter) -> dict[str, Tensor]:
         """The same entries as torch's own, so that checkpoints do not depend on who steps."""
@@ -102,30 +175,63 @@ class AdamW(torch.optim.AdamW):
             state["exp_avg_sq"] = torch.zeros_like(weight)
         return state
 
-    def _masked(self) -> list[tuple[nn.Parameter, Tensor, Tensor, dict[str, Any]]]:
-        return [
-            (p, self.decay.masks[p], p.grad, group)
-            for group in self.param_groups
-            for p in group["params"]
-            if p in self.decay.masks and p.grad is not None
-        ]
+    def _is_frozen(self, weight: nn.Parameter) -> bool:
+        return FROZEN in self.state.get(weight, {})
+
+    def _freeze(self) -> None:
+        """v ← v/(1−β₂ᵗ), for all that have a v. Waits for the device, once in a run."""
+        for group in self.param_groups:
+            if group.get(FROZEN):
+                continue
+            group[FROZEN] = True
+            for weight in group["params"]:
+                state = self.state.get(weight)
+                if state and state["step"] > 0:
+                    state["exp_avg_sq"].div_(1 - group["betas"][1] ** state["step"].to(weight.device))
+                    state[FROZEN] = True
+
+    def _watch(self) -> None:
+        """Z_t of the step to come: |v_t − v_{t−1}| = (1−β₂)·|u² − v_{t−1}|, where u is what the second moment sees."""
+        watched, changes = set(self.second_moment.watched), []
+        for weight, group in self._stepping():
+            if weight in watched and not self._is_frozen(weight):
+                state = self._state_of(weight)
+                seen = self._seen(weight, group)
+                changes.append(seen.square().float().sub_(state["exp_avg_sq"]).abs_().mul_(1 - group["betas"][1]))
+        if changes:
+            self.second_moment.record(changes, self.found_inf)
+
+    def _seen(self, weight: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        """What the second moment of this weight sees in this step, before the decay has been applied."""
+        grad, mask, place = weight.grad, self.decay.masks.get(weight), self.decay.place_now
+        assert grad is not None
+        if mask is not None and place == "momentum":
+            grad = torch.lerp(self._state_of(weight)["exp_avg"], grad, 1 - group["betas"][0])
+        return grad + self.decay.term(weight, mask) if mask is not None and place in ("gradient", "momentum") else grad
 
     def _live(self) -> Tensor | float:
         """1, or 0 for a step that is to be dropped."""
         return 1.0 if self.found_inf is None else 1.0 - self.found_inf
 
-    def _step_with_decayed_momentum(
-        self, weight: nn.Parameter, mask: Tensor, grad: Tensor, group: dict[str, Any]
-    ) -> None:
-        """m ← β₁m + (1−β₁)g;  u = m + λ(1−M)⊙W;  v ← β₂v + (1−β₂)u²;  W ← W − lr·(u/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + ε)."""
+    def _step_by_formula(self, weight: nn.Parameter, group: dict[str, Any]) -> None:
+        """m ← β₁m + (1−β₁)g;  u = m + λ(1−M)⊙W;  v ← β₂v + (1−β₂)u²;  W ← W − lr·(u/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + ε).
+
+        u = m where the decay is not at `momentum`. A frozen v stays, and is v̂ as it is.
+        """
         state = self._state_of(weight)
+        assert weight.grad is not None
         live = torch.as_tensor(self._live(), device=weight.device)
         beta1, beta2 = group["betas"]
         step = state["step"] + 1
-        momentum = torch.lerp(state["exp_avg"], grad, 1 - beta1)
-        update = momentum + self.decay.term(weight, mask)
-        variance = torch.lerp(state["exp_avg_sq"], update.square(), 1 - beta2)
-        denominator = (variance / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        momentum = torch.lerp(state["exp_avg"], weight.grad, 1 - beta1)
+        mask = self.decay.masks.get(weight) if self.decay.place_now == "momentum" else None
+        update = momentum if mask is None else momentum + self.decay.term(weight, mask)
+        if self._is_frozen(weight):
+            variance = corrected = state["exp_avg_sq"]
+        else:
+            variance = torch.lerp(state["exp_avg_sq"], update.square(), 1 - beta2)
+            corrected = variance / (1 - beta2**step)
+        denominator = corrected.sqrt().add_(group["eps"])
         change = weight * (group["lr"] * group["weight_decay"]) + update / denominator * (
             group["lr"] / (1 - beta1**step)
         )
@@ -136,10 +242,27 @@ class AdamW(torch.optim.AdamW):
         weight.sub_(torch.where(keep, change, torch.zeros((), device=weight.device)))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and embeddings, none for biases and norms (GPT-2's and Llama's practice)."""
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr: float, own_lr: Mapping[nn.Parameter, float] | None = None
+) -> list[dict[str, Any]]:
+    """Weight decay for matrices and embeddings, none for biases and norms (GPT-2's and Llama's practice).
+
+    Args:
+        lr: the peak learning rate; a group has it as `peak_lr`, and `lr` is at first the same.
+        own_lr: parameter -> its own peak learning rate, of parameters that have one (mask logits); without decay.
+
+    Returns:
+        groups for an optimizer, none of them empty.
+    """
+    own_lr = own_lr or {}
     trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        (lr, weight_decay, [p for p in trained if p not in own_lr and p.dim() >= 2]),
+        (lr, 0.0, [p for p in trained if p not in own_lr and p.dim() < 2]),
+        *((rate, 0.0, [p for p in trained if own_lr.get(p) == rate]) for rate in sorted(set(own_lr.values()))),
+    ]
     return [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": params, "weight_decay": decay, "lr": rate, "peak_lr": rate}
+        for rate, decay, params in groups
+        if params
     ]

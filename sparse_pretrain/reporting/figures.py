@@ -68,7 +68,7 @@ def loss_figure(runs: Sequence[RunData], styles: Sequence[RunStyle]) -> str:
     """Validation and training loss against tokens and against training time."""
     with _figure("loss", 4.3) as (figure, svg):
         by_tokens, by_time = figure.subplots(1, 2, sharey=True)
-        scale, unit = _token_unit(runs)
+        scale, unit = token_unit(runs)
         _losses(by_tokens, runs, styles, "tokens", scale)
         by_tokens.set(title="Loss by tokens", xlabel=f"tokens{unit}", ylabel="loss (nats per token)")
         scale, unit = _time_unit(max(float(run.rows["seconds"][-1]) for run in runs))
@@ -94,7 +94,7 @@ def sparsity_figure(runs: Sequence[RunData], styles: Sequence[RunStyle]) -> str 
         return None
     with _figure("sparsity", 4.0, width=10.6 if panels == 2 else 6.4) as (figure, svg):
         axes = iter(figure.subplots(1, panels, squeeze=False)[0])
-        scale, unit = _token_unit(runs)
+        scale, unit = token_unit(runs)
         if gaps:
             ax = next(axes)
             ax.axhline(0, color=DENSE_COLOURS[0], linewidth=1.2, label="dense")
@@ -288,7 +288,7 @@ def _log_if_wide(ax: Axes, values: np.ndarray) -> None:
         ax.set_ylim(0, None)
 
 
-def _token_unit(runs: Sequence[RunData]) -> tuple[float, str]:
+def token_unit(runs: Sequence[RunData]) -> tuple[float, str]:
     most = max(float(run.rows["tokens"][-1]) for run in runs)
     return next(
         ((scale, f" ({word})") for scale, word in ((1e9, "billion"), (1e6, "million")) if most >= scale / 5),

@@ -127,7 +127,7 @@ def _grid(head: str, rows: str, style: str = "") -> str:
 
 def _how_to_read(runs: Sequence[RunData]) -> list[str]:
     notes = []
-    if any(_dense_products(run) for run in runs):
+    if any(run.has_dense_products for run in runs):
         notes.append(
             "The 2:4 products ran as dense products on masked weights: the losses are those of sparse training, "
             "the speed is not, and a sparse run is no faster than dense."
@@ -135,12 +135,6 @@ def _how_to_read(runs: Sequence[RunData]) -> list[str]:
     if len(runs) > 1 and len({run.config.seed for run in runs}) == 1:
         notes.append("One seed: small differences of loss may be chance; repeat with other seeds before trusting them.")
     return notes
-
-
-def _dense_products(run: RunData) -> bool:
-    """Whether a sparse run computed everything with dense products."""
-    products = run.facts.get("sparse_products")
-    return products is not None and all(choice == "dense" for plan in products["plans"].values() for choice in plan)
 
 
 def _products(run: RunData) -> str:

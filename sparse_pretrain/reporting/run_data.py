@@ -51,6 +51,12 @@ class RunData:
         return self.config.recipe.projection == "none"
 
     @property
+    def has_dense_products(self) -> bool:
+        """Whether a sparse run computed everything with dense products."""
+        products = self.facts.get("sparse_products")
+        return products is not None and all(choice == "dense" for plan in products["plans"].values() for choice in plan)
+
+    @property
     def step(self) -> int:
         """The last logged step."""
         return int(self.rows["step"][-1])
@@ -60,6 +66,12 @@ class RunData:
         """The last validation loss; nan before the first."""
         _, losses = self.logged("step", "val/loss")
         return float(losses[-1]) if len(losses) else float("nan")
+
+    @property
+    def flip_rate(self) -> float:
+        """The last one; nan for a dense run, and before the second refresh."""
+        _, rates = self.logged("step", "sparsity/flip_rate")
+        return float("nan") if self.is_dense or not len(rates) else float(rates[-1])
 
     @property
     def tokens_per_second(self) -> float:

@@ -36,9 +36,13 @@ def compare(runs: Sequence[RunData]) -> Comparison:
 def comparison_table(runs: Sequence[RunData]) -> str:
     """A plain ASCII table of at most 100 columns, and its notes."""
     comparison = compare(runs)
-    table = [list(HEADER), *comparison.cells]
-    widths = [max(len(row[i]) for row in table) for i in range(len(HEADER))]
-    widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(HEADER) - 1))
+    return text_table([list(HEADER), *comparison.cells], comparison.notes)
+
+
+def text_table(table: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """A header and rows, the first column to the left, then the notes; of at most 100 columns if the cells allow it."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    widths[0] = max(min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)), len(table[0][0]))
     lines = []
     for name, *figures in table:
         if len(name) > widths[0]:  # a line of its own: cut short, it might be mistaken for another run's
@@ -50,7 +54,7 @@ def comparison_table(runs: Sequence[RunData]) -> str:
         ]
         lines.append("  ".join(cells))
     lines.insert(1, "-" * len(lines[0]))
-    for note in comparison.notes:
+    for note in notes:
         lines += textwrap.wrap(note, WIDTH, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)
 
@@ -116,6 +120,11 @@ def rate(value: float) -> str:
     return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
 
 
+def count(value: int) -> str:
+    """Parameters or tokens: 12.34M, or all digits of fewer than 100,000."""
+    return f"{value / 1e6:,.2f}M" if value >= 100_000 else f"{value:,}"
+
+
 def duration(seconds: float) -> str:
     """48 s, 1m 52s, 3h 05m, 2d 04h."""
     for size, unit, smaller, smaller_unit in (
@@ -131,11 +140,10 @@ def duration(seconds: float) -> str:
 
 
 def _flip_rate(run: RunData) -> str:
-    _, rates = run.logged("step", "sparsity/flip_rate")
-    if run.is_dense or not len(rates):
+    if math.isnan(run.flip_rate):
         return "-"
     every = run.config.recipe.schedule.refresh_every
-    return f"{rate(float(rates[-1]))} / {every} step{'s' if every > 1 else ''}"
+    return f"{rate(run.flip_rate)} / {every} step{'s' if every > 1 else ''}"
 
 
 def _perplexity(loss: float) -> str:

@@ -3,11 +3,13 @@
 recipe = load_recipe("fst")
 sparsify(model, recipe)
 training = SparseTraining(model, recipe, total_steps=1000, seed=1)
-optimizer = AdamW(parameter_groups(model, 0.1), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, decay=training.decay)
+groups = parameter_groups(model, 0.1, lr=1e-3, own_lr=training.own_lr)
+optimizer = AdamW(groups, 1e-3, (0.9, 0.95), 1e-8, decay=training.decay, second_moment=training.second_moment)
 training.prepare(0)
 for step in range(1000):
     training.at_tokens(first_token=0)
-    loss(model).backward()
+    (loss(model) + training.penalty()).backward()
+    training.select_gradients()
     optimizer.step()
     training.prepare(step + 1)
 """

@@ -15,6 +15,10 @@ from sparse24.dispatch import Plan
 from sparse24.reference import soft_threshold_scale
 from torch import Tensor, nn
 
+from sparse_pretrain.config import RecipeConfig
+from sparse_pretrain.limits import parse_pattern
+from sparse_pretrain.sparsity.learned import LearnedMask
+
 
 class SparseLinear(nn.Module):
     """Y = X Ŵᵀ + b with Ŵ the 2:4 projection of the master weight, which receives the straight-through gradient.
@@ -24,42 +28,65 @@ class SparseLinear(nn.Module):
     kept from one `project` to the next: once per optimizer step, whatever the number of micro-batches. It is held as
     `plan` says, a dense tensor or packed, in `product_dtype`.
 
+    Other buffers, each there only where the recipe asks for it: `input_mask`, the mask of the weight in dX = dY W, for
+    `input_gradient=double_pruned` (SLoPe); `input_square`, per input the sum of squares since the last refresh, for
+    `projection=metric` (Wanda), to which SparseTraining adds `step_square`, that of the step being made; `scale`, β of `projection=soft_threshold` (S-STE: Ŵ = β·S(W)), computed here, from the
+    weight as it is now, and kept from then on.
+
     Args:
         dense: the layer to replace: an `nn.Linear`, or a Hugging Face `Conv1D` (its weight is (in, out)).
-        projection: `magnitude`, `transposable`, or `soft_threshold` (S-STE: Ŵ = β·S(W); β is computed here, from the
-            weight as it is now, and is the buffer `scale` from then on).
-        weight_gradient: `dense`, or `mvue` to prune dY without bias before dW = dYᵀX.
-        fp8: products of e4m3 (forward) and e5m2 (gradients) values; Ŵ is held in both, quantised once per `project`.
+        recipe: its projection, pattern, input_gradient, weight_gradient and fp8 are this layer's. In fp8 Ŵ is held as
+            e4m3 (forward) and e5m2 (gradients) values, quantised once per `project`.
     """
 
     mask: Tensor
+    input_mask: Tensor | None
+    input_square: Tensor | None
+    step_square: Tensor | None
     scale: Tensor | None
     sparse_weight: Tensor | None
+    input_weight: Tensor | None
 
-    def __init__(self, dense: nn.Module, projection: str, weight_gradient: str = "dense", fp8: bool = False) -> None:
+    def __init__(self, dense: nn.Module, recipe: RecipeConfig) -> None:
         super().__init__()
         self._dense = (dense,)  # in a tuple, so that it is no submodule: given back by `densify`
         self.transposed = is_conv1d(dense)
         self.weight: nn.Parameter = dense.weight  # type: ignore[assignment]
         self.bias: nn.Parameter | None = dense.bias  # type: ignore[assignment]
-        self.out_features, self.in_features = self._out_by_in(self.weight).shape
-        self.projection = projection
-        self.weight_gradient = weight_gradient
-        self.fp8 = fp8
+        self.out_features, self.in_features = self.out_by_in(self.weight).shape
+        self.projection = recipe.projection
+        pattern = parse_pattern(recipe.pattern)
+        assert pattern is not None
+        self.pattern = pattern
+        self.input_gradient = recipe.input_gradient
+        self.weight_gradient = recipe.weight_gradient
+        self.fp8 = recipe.fp8
         self.mvue: MvueKey | None = None  # set by SparseTraining
         self.plan = Plan()  # dense products, until `sparsity.products` has measured
         self.product_dtype = self.weight.dtype
         self.packed: SparseWeight | None = None  # Ŵ, unless it is in the buffer `sparse_weight`
         self.register_buffer("mask", torch.empty_like(self.weight, dtype=torch.bool))
         self.register_buffer("sparse_weight", None, persistent=False)
-        self.register_buffer("scale", None)
-        if projection == "soft_threshold":
-            self.scale = soft_threshold_scale(self._out_by_in(self.weight.detach()))
+        self.register_buffer("input_weight", None, persistent=False)
+        self.register_buffer("step_square", None, persistent=False)
+        for name in ("scale", "input_mask", "input_square"):
+            self.register_buffer(name, None)
+        if self.input_gradient == "double_pruned":
+            self.input_mask = torch.empty_like(self.mask)
+        if self.projection == "metric":
+            self.input_square = torch.zeros(self.in_features, device=self.weight.device)
+            self.step_square = torch.zeros_like(self.input_square)
+        if self.projection == "soft_threshold":
+            self.scale = soft_threshold_scale(self.out_by_in(self.weight.detach()))
+        learned = self.projection == "learned"
+        self.learned = LearnedMask(self.out_features, self.in_features, *pattern, recipe.learned) if learned else None
+        self.start(seed=0)
         self.refresh()
         self.project()
         self.train(dense.training)
 
-    def _out_by_in(self, tensor: Tensor) -> Tensor:
+    def out_by_in(self, tensor: Tensor) -> Tensor:
+        """A tensor of the weight's shape as (out_features, in_features)."""
         return tensor.t() if self.transposed else tensor
 
     @property
@@ -67,35 +94,84 @@ class SparseLinear(nn.Module):
         """Whether products use the 2:4 weight (else the dense master weight)."""
         return self.sparse_weight is not None or self.packed is not None
 
+    @property
+    def input_is_sparse(self) -> bool:
+        """Whether the weight in dX = dY W is 2:4 along out_features."""
+        return self.input_gradient == "double_pruned" or (
+            self.projection == "transposable" and self.input_gradient == "same"
+        )
+
+    @torch.no_grad()
+    def start(self, seed: int) -> None:
+        """Choose what is chosen once, at the first sparse step: static masks, and the prior of learned ones."""
+        weight, mask = self.out_by_in(self.weight), self.out_by_in(self.mask)
+        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same masks on every device
+        if self.projection == "static_random":
+            scores = torch.rand(weight.shape, generator=generator) + 1
+            ops.refresh_mask_(scores.to(weight.device), mask, "magnitude", self.pattern)
+        elif self.projection in ("static", "learned"):
+            ops.refresh_mask_(weight, mask, "magnitude", self.pattern)
+        if self.learned is not None:
+            self.learned.start(mask, generator)
+
     @torch.no_grad()
     def refresh(self) -> Tensor:
-        """Recompute the mask from the master weight; returns how many of its entries changed (0-dim int64)."""
-        projection = "magnitude" if self.projection == "soft_threshold" else self.projection
-        return ops.refresh_mask_(self._out_by_in(self.weight), self._out_by_in(self.mask), projection)
+        """Recompute what is not chosen once; returns how many entries of the mask changed (0-dim int64)."""
+        weight, mask = self.out_by_in(self.weight), self.out_by_in(self.mask)
+        if self.projection.startswith("static"):
+            flips = torch.zeros((), dtype=torch.int64, device=weight.device)
+        elif self.learned is not None:
+            new = self.learned.hard_mask()
+            flips = (new != mask).sum()
+            mask.copy_(new)
+        else:
+            transposable = self.projection == "transposable"
+            scores = weight if self.input_square is None else weight * self._input_norm(self.input_square)
+            flips = ops.refresh_mask_(scores, mask, "transposable" if transposable else "magnitude", self.pattern)
+        if self.input_mask is not None:
+            input_mask = self.out_by_in(self.input_mask)
+            ops.refresh_mask_((weight * mask).t(), input_mask.t(), "magnitude", self.pattern)
+            input_mask.logical_and_(mask)  # of a group with fewer non-zeros than fit it had kept zeros
+        return flips
+
+    def _input_norm(self, square: Tensor) -> Tensor:
+        """‖X_j‖₂ of each input since the last refresh (Wanda), which starts anew now; 1 if there was no input."""
+        norm = torch.where(square.amax() > 0, square, 1.0).sqrt()
+        square.zero_()
+        return norm
 
     @torch.no_grad()
     def project(self) -> None:
         """Recompute Ŵ, which is M⊙W or β·S(W), from the master weight and go on with it."""
-        weight, mask, scale = self._out_by_in(self.weight), self._out_by_in(self.mask), self.scale
+        weight, mask, scale = self.out_by_in(self.weight), self.out_by_in(self.mask), self.scale
+        input_mask = mask if self.input_mask is None else self.out_by_in(self.input_mask)
         if self.fp8:
             dense = ops.sparse_weight(weight, mask, scale, torch.float32)
-            self._hold(fp8_weight(dense, self.plan.forward))
+            other = None if self.input_gradient == "same" else self._weight_of_dx(weight, input_mask).float()
+            self._hold(fp8_weight(dense, self.plan.forward, other))
             return
         if self.plan.forward == self.plan.input_gradient == "dense":
             self.packed = None
             if self.sparse_weight is None or self.sparse_weight.dtype != self.product_dtype:
                 self.sparse_weight = torch.empty(weight.shape, dtype=self.product_dtype, device=weight.device)
+                if self.input_gradient != "same":
+                    self.input_weight = torch.empty_like(self.sparse_weight)
             ops.sparse_weight(weight, mask, scale, out=self.sparse_weight)
+            if self.input_weight is not None:
+                self.input_weight.copy_(self._weight_of_dx(weight, input_mask))
             return
-        self.sparse_weight = None
+        self.sparse_weight = self.input_weight = None
         forward, _ = split_choice(self.plan.forward)
         transpose, _ = split_choice(self.plan.input_gradient)
         dtype = self.product_dtype
-        if forward is transpose:
+        if self.input_gradient == "dense":
+            operand, _ = forward.pack_weight(weight, mask, scale, dtype, forward=True, transpose=False)
+            operand_t = [weight.to(dtype, copy=True).t()]
+        elif forward is transpose and input_mask is mask:
             operand, operand_t = forward.pack_weight(weight, mask, scale, dtype, forward=True, transpose=True)
         else:
             operand, _ = forward.pack_weight(weight, mask, scale, dtype, forward=True, transpose=False)
-            _, operand_t = transpose.pack_weight(weight, mask, scale, dtype, forward=False, transpose=True)
+            _, operand_t = transpose.pack_weight(weight, input_mask, scale, dtype, forward=False, transpose=True)
         self._hold(
             SparseWeight(
                 Operand(self.plan.forward, operand),
@@ -103,6 +179,9 @@ class SparseLinear(nn.Module):
                 self.plan.weight_gradient,
             )
         )
+
+    def _weight_of_dx(self, weight: Tensor, input_mask: Tensor) -> Tensor:
+        return weight if self.input_gradient == "dense" else weight * input_mask
 
     def _hold(self, packed: SparseWeight) -> None:
         """Go on with this Ŵ, in the memory of the one before, where a captured CUDA graph will look for it."""
@@ -116,19 +195,29 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def current_weight(self) -> Tensor:
         """Ŵ (out_features, in_features) of the master weight as it is now, in its dtype."""
-        weight = self._out_by_in(self.weight)
-        return ops.sparse_weight(weight, self._out_by_in(self.mask), self.scale, out=torch.empty_like(weight))
+        weight = self.out_by_in(self.weight)
+        return ops.sparse_weight(weight, self.out_by_in(self.mask), self.scale, out=torch.empty_like(weight))
 
     def go_dense(self) -> None:
         """Use the master weight as it is, until the next `project`."""
-        self.sparse_weight = self.packed = None
+        self.sparse_weight = self.input_weight = self.packed = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns (..., out_features)."""
-        weight = self._out_by_in(self.weight)
+        weight = self.out_by_in(self.weight)
         sparse_weight = self.sparse_weight if self.packed is None else self.packed
+        training = self.training and torch.is_grad_enabled()
+        if self.step_square is not None and training:
+            self.step_square += x.detach().float().square().flatten(0, -2).sum(dim=0)
         if sparse_weight is None:
             return F.linear(x, weight, self.bias)
+        if self.learned is not None and training:
+            return F.linear(x, weight * self.learned.soft_mask(), self.bias)
+        if self.input_weight is not None:
+            assert isinstance(sparse_weight, Tensor)
+            sparse_weight = SparseWeight(
+                Operand("dense", [sparse_weight]), Operand("dense", [self.input_weight.t()])
+            )
         if self.weight_gradient == "mvue" and self.mvue is None and torch.is_grad_enabled():
             raise RuntimeError("a layer with weight_gradient=mvue trains only under a SparseTraining")
         packed = self.packed is not None and not self.fp8
@@ -139,13 +228,19 @@ class SparseLinear(nn.Module):
         return sparse_linear(x, weight, sparse_weight, self.bias, self.mvue, self.fp8)
 
     def dense_layer(self) -> nn.Module:
-        """The swapped layer, holding the weight that this one computes with now (in fp8: before it is quantised)."""
+        """The swapped layer, holding the weight that this one computes with now (in fp8: before it is quantised). An
+        active adapter is merged into it."""
         (dense,) = self._dense
         dense.weight = self.weight
         dense.register_parameter("bias", self.bias)
-        if self.is_sparse:
+        adapter = getattr(self, "adapter", None)
+        adapted = adapter is not None and adapter.active and adapter.original is None
+        if self.is_sparse or adapted:
             # A Parameter of its own: the master weight may be tied to another layer, which goes on using it.
-            dense.weight = nn.Parameter(self._out_by_in(self.current_weight()).contiguous())
+            weight = self.current_weight() if self.is_sparse else self.out_by_in(self.weight.detach())
+            if adapted:
+                weight = weight + adapter.delta().detach()
+            dense.weight = nn.Parameter(self.out_by_in(weight).contiguous())
         return dense.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -159,15 +254,18 @@ class SparseLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Loads dense checkpoints too: without a mask in them, mask and scale are recomputed from the loaded weight."""
         from_dense = f"{prefix}weight" in state_dict and f"{prefix}mask" not in state_dict
-        own = {f"{prefix}mask": self.mask} | ({} if self.scale is None else {f"{prefix}scale": self.scale})
+        own = {
+            f"{prefix}{name}": tensor
+            for name, tensor in self.state_dict().items()
+            if name not in ("weight", "bias") and f"{prefix}{name}" not in state_dict
+        }
         if from_dense:
             state_dict.update(own)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if from_dense:
-            for key in own:
-                del state_dict[key]
             if self.scale is not None:
-                self.scale.copy_(soft_threshold_scale(self._out_by_in(self.weight.detach())))
+                self.scale.copy_(soft_threshold_scale(self.out_by_in(self.weight.detach())))
+            self.start(seed=0)
             self.refresh()
         if self.is_sparse:
             self.project()
@@ -175,7 +273,8 @@ class SparseLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"projection={self.projection}, weight_gradient={self.weight_gradient}, fp8={self.fp8}"
+            f"projection={self.projection}, pattern={'{}:{}'.format(*self.pattern)}, "
+            f"input_gradient={self.input_gradient}, weight_gradient={self.weight_gradient}, fp8={self.fp8}"
         )
 
 

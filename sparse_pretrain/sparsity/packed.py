@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from sparse24.reference import Packed, pack, unpack
 from torch import Tensor, nn
 
+from sparse_pretrain.sparsity.adapters import add_adapter
 from sparse_pretrain.sparsity.linear import SparseLinear
 from sparse_pretrain.sparsity.swap import replace
 
@@ -19,11 +20,14 @@ class PackedLinear(nn.Module):
 
     def __init__(self, layer: SparseLinear) -> None:
         super().__init__()
-        packed = pack(layer.current_weight(), layer.mask.t() if layer.transposed else layer.mask)
+        packed = pack(layer.current_weight(), layer.out_by_in(layer.mask))
         self.register_buffer("values", packed.values)
         self.register_buffer("metadata", packed.metadata)
         self.cols = packed.cols
         self.bias = layer.bias
+        if hasattr(layer, "adapter"):
+            self.adapter = layer.adapter
+            self.register_forward_hook(add_adapter)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns (..., out_features)."""
@@ -31,8 +35,16 @@ class PackedLinear(nn.Module):
 
 
 def pack_model(model: nn.Module) -> int:
-    """Replace the 2:4 layers of `model` that are in their sparse phase by packed ones, in place; returns how many."""
+    """Replace the 2:4 layers of `model` that are in their sparse phase by packed ones, in place; returns how many.
+    Adapters stay beside them.
+
+    Raises:
+        ValueError: their pattern is not 2:4.
+    """
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, SparseLinear) and m.is_sparse]
+    for name, layer in layers:
+        if layer.pattern != (2, 4):
+            raise ValueError(f"{name} is {'{}:{}'.format(*layer.pattern)}: only 2:4 can be packed")
     with torch.no_grad():
         for name, layer in layers:
             replace(model, name, PackedLinear(layer))

@@ -21,7 +21,7 @@ def choose_plans(
     backend: str = "auto",
     cache: Path | None = None,
 ) -> tuple[dict[str, Plan], str]:
-    """A plan for every sparse layer of `model`, by name, and the measurements as a table (empty if there were none).
+    """A plan for every sparse layer of `model`, by name (dense products where the pattern is not 2:4), and the measurements as a table (empty if there were none).
 
     Args:
         model: with its sparse layers; it may be elsewhere than on `device`.
@@ -40,12 +40,15 @@ def choose_plans(
     for name, layer in model.named_modules():
         if not isinstance(layer, SparseLinear):
             continue
+        if layer.learned is not None or layer.pattern != (2, 4):
+            plans[name] = Plan()  # no product of 2:4 operands
+            continue
         shape = LayerShape(
             tokens,
             layer.out_features,
             layer.in_features,
             dtype,
-            transposable=layer.projection == "transposable",
+            transposable=layer.input_is_sparse,
             mvue=layer.weight_gradient == "mvue",
             micro_batches=micro_batches,
             fp8=layer.fp8,

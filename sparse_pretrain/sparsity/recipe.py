@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from sparse_pretrain.config import RecipeConfig, load
 from sparse_pretrain.errors import UserError
-from sparse_pretrain.optim.adamw import MaskedDecay
+from sparse_pretrain.optim.adamw import MaskedDecay, SecondMoment
 from sparse_pretrain.paths import config_dir
+from sparse_pretrain.seeds import hash_seed
+from sparse_pretrain.sparsity.adapters import adapters_of, start_adapter
 from sparse_pretrain.sparsity.linear import SparseLinear
-from sparse_pretrain.sparsity.schedule import SPARSE, PhaseSchedule
+from sparse_pretrain.sparsity.schedule import SPARSE, PhaseSchedule, SwitchMonitor
 
 
 def load_recipe(name: str) -> RecipeConfig:
@@ -31,49 +34,157 @@ def load_recipe(name: str) -> RecipeConfig:
 
 
 class SparseTraining:
-    """Follows a recipe over a run: phases, mask refreshes, masked decay, MVUE's random numbers, flip rate.
+    """Follows a recipe over a run: phases, mask refreshes, masked decay, adapters, random numbers, flip rate.
 
     Everything is a function of the step, the weights and the masks; what must survive a restart beside the model's
     state dict (which holds the masks) is in `state_dict`.
 
     Args:
-        model: a module that `sparsify` has been applied to (without sparse layers, all of this does nothing).
+        model: a module that `sparsify` has been applied to (without sparse layers and adapters, all of this does
+            nothing).
         recipe: the same recipe.
         total_steps: optimizer steps of the run.
-        seed: of MVUE's random numbers.
+        seed: of the random numbers of MVUE, of random masks and of learned ones.
+        beta2, eps: of Adam, for the automatic switch (STEP).
+
+    Attributes:
+        started: whether the sparse phase has begun.
+        decay, second_moment: for `AdamW`.
+        own_lr: parameters with a peak learning rate of their own: the logits of learned masks.
     """
 
-    def __init__(self, model: nn.Module, recipe: RecipeConfig, total_steps: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: RecipeConfig,
+        total_steps: int,
+        seed: int,
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+    ) -> None:
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+        self.adapters = adapters_of(model)
+        for adapter in self.adapters.values():
+            adapter.active = False  # until `prepare`
+        self.adapted = {name: model.get_submodule(name) for name in self.adapters}
         self.recipe = recipe
         self.schedule = PhaseSchedule.from_config(recipe.schedule, total_steps)
+        self.adapter_start = round(recipe.adapter.start * total_steps)
         self.seed = seed
         self.decay = MaskedDecay(
             place=recipe.decay.place, masks={layer.weight: layer.mask for layer in self.layers.values()}
         )
+        self.second_moment = SecondMoment(mean=recipe.schedule.switch_mean)
+        self.switch: SwitchMonitor | None = None
+        if recipe.schedule.dense_warmup_max is not None and self.layers:
+            self.switch = SwitchMonitor(round(recipe.schedule.dense_warmup * total_steps), beta2, eps)
+        self.own_lr: dict[nn.Parameter, float] = {
+            layer.learned.logits: recipe.learned.logit_lr for layer in self.layers.values() if layer.learned is not None
+        }
+        beside = {*self.own_lr, *(p for adapter in self.adapters.values() for p in adapter.parameters())}
+        self._frozen = [] if recipe.train_weights else [p for p in model.parameters() if p not in beside]
+        self.step = 0
+        self.started = False
         self.flips: Tensor | None = None  # (layers,) int64: mask entries changed by the last refresh but the first
         self._counter: Tensor | None = None  # (2,) int64: step, first token; read by MVUE in every backward
+
+    def phase(self, step: int) -> str:
+        """What optimizer step `step` is: `dense` in a run without sparse layers, else a phase of the schedule."""
+        return self.schedule.phase(step) if self.layers else "dense"
 
     def prepare(self, step: int, refresh: bool = True) -> None:
         """Make the model ready for optimizer step `step`, after the step before it (or after loading a checkpoint
         taken there, with `refresh=False`: its masks are already those of this step)."""
-        if not self.layers:
-            return
+        self.step = step
+        if self.layers:
+            self._prepare_layers(step, refresh)
+        for name, adapter in self.adapters.items():
+            active = self._adapters_active(step)
+            if refresh and active and not adapter.active and self.recipe.adapter.path is None:
+                start_adapter(self.adapted[name], adapter)
+            adapter.active = active
+
+    def _prepare_layers(self, step: int, refresh: bool) -> None:
         layers = list(self.layers.values())
         self._bind(layers)
         self._counter[0].fill_(step)  # type: ignore[index]
+        if self.switch is not None:
+            self._watch(self.switch, step, refresh)
+        if refresh:
+            _gather_inputs(layers)
         sparse = self.schedule.phase(step) == SPARSE
-        if refresh and self.schedule.refresh_due(step):
+        starts = sparse and not self.started
+        if starts:  # a run that goes on from another's dense phase may do so without a refresh
+            self.started = True
+            for index, layer in enumerate(layers):
+                layer.start(hash_seed(self.seed, index))
+        if starts or (refresh and self.schedule.refresh_due(step)):
             flips = self.refresh()
-            if step > self.schedule.warmup_end:
+            if step and not starts:
                 self.flips = flips
-        for layer in layers:
+        elif refresh and not sparse and step % self.schedule.refresh_every == 0:
+            for layer in layers:  # inputs since then are those of the next refresh
+                if layer.input_square is not None:
+                    layer.input_square.zero_()
+        progress = self.schedule.progress(step)
+        for index, layer in enumerate(layers):
+            if layer.learned is not None and sparse:
+                layer.learned.draw(progress, hash_seed(self.seed, index, step))
             layer.project() if sparse else layer.go_dense()
-        self.decay.factor = self.recipe.decay.factor if sparse else 0.0
+        self.decay.factor = self._decay_factor(step) if sparse else 0.0
+        self.second_moment.frozen = sparse and self.recipe.frozen_preconditioner
+
+    def _decay_factor(self, step: int) -> float:
+        """λ·min(t / ramp, 1), t counted from the first sparse step (AST)."""
+        decay, schedule = self.recipe.decay, self.schedule
+        assert not isinstance(decay.factor, str)
+        ramp = decay.ramp * (schedule.finetune_start - schedule.warmup_end)
+        return decay.factor * min((step - schedule.warmup_end) / ramp, 1.0) if ramp else decay.factor
+
+    def _watch(self, switch: SwitchMonitor, step: int, after_a_step: bool) -> None:
+        """Begin the sparse phase with this step if the second moment has settled."""
+        if step > self.schedule.warmup_end:
+            return
+        if after_a_step and self.second_moment.watched and self.second_moment.change is not None:
+            switch.record(step, self.second_moment.change)
+        elif not after_a_step:
+            self.second_moment.change = switch.change_before(step)
+        if after_a_step and step < self.schedule.warmup_end and switch.settled(step):
+            self.schedule = dataclasses.replace(self.schedule, warmup_end=step)
+        dense = step < self.schedule.warmup_end
+        watched = [layer.weight for layer in self.layers.values()] if dense and switch.watches(step) else []
+        self.second_moment.watched = watched
+
+    def _adapters_active(self, step: int) -> bool:
+        first = max(self.adapter_start, self.schedule.warmup_end) if self.layers else self.adapter_start
+        return step >= first
 
     def refresh(self) -> Tensor:
         """Recompute every mask now; returns how many entries changed in each layer, (layers,) int64."""
         return torch.stack([layer.refresh() for layer in self.layers.values()])
+
+    def penalty(self) -> Tensor | float:
+        """What is added to the loss: MaskLLM's −λ(1 − t/T)·Σ‖M ⊙ W‖², a reward for masks that keep large weights."""
+        weight = self.recipe.learned.norm_weight * (1 - self.schedule.progress(self.step))
+        norms = [
+            (layer.out_by_in(layer.weight.detach()) * layer.learned.soft_mask()).square().sum()
+            for layer in self.layers.values()
+            if layer.learned is not None and layer.is_sparse and weight
+        ]
+        return -weight * torch.stack(norms).sum() if norms else 0.0
+
+    def select_gradients(self) -> None:
+        """After the backward pass and before clipping: weights that are frozen now lose their gradients, and with
+        `weight_gradient=masked` pruned weights lose theirs (SLoPe: dW is pruned to the forward mask)."""
+        sparse = self.schedule.phase(self.step) == SPARSE if self.layers else self._adapters_active(self.step)
+        if not sparse:
+            return
+        for parameter in self._frozen:
+            parameter.grad = None
+        if self.recipe.weight_gradient == "masked":
+            for layer in self.layers.values():
+                if layer.weight.grad is not None:
+                    layer.weight.grad.mul_(layer.mask)
 
     def at_tokens(self, first_token: int) -> None:
         """Say which token of the global batch the next forward pass begins with (a multiple of 4): MVUE draws by
@@ -108,7 +219,31 @@ class SparseTraining:
         return {name: n / layer.mask.numel() for n, (name, layer) in zip(counts, self.layers.items(), strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"flips": self.flips}
+        return {
+            "flips": self.flips,
+            "started": self.started,
+            "warmup_end": self.schedule.warmup_end,
+            "changes": None if self.switch is None else self.switch.changes,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.flips = state["flips"]
+        self.flips, self.started = state["flips"], state["started"]
+        if self.switch is not None and state["changes"] is not None:
+            self.switch.changes = state["changes"]
+            if self.started:
+                self.schedule = dataclasses.replace(self.schedule, warmup_end=state["warmup_end"])
+
+
+def _gather_inputs(layers: list[SparseLinear]) -> None:
+    """After a step: its inputs, of all ranks, join those since the last refresh, so that every rank's checkpoint is
+    the same."""
+    measured = [layer for layer in layers if layer.step_square is not None]
+    if not measured:
+        return
+    total = torch.cat([layer.step_square for layer in measured])  # type: ignore[misc]
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    for layer, square in zip(measured, total.split([layer.in_features for layer in measured]), strict=True):
+        assert layer.input_square is not None and layer.step_square is not None
+        layer.input_square += square
+        layer.step_square.zero_()

@@ -11,6 +11,7 @@ from torch import nn
 
 from sparse_pretrain.config import RecipeConfig
 from sparse_pretrain.errors import UserError
+from sparse_pretrain.sparsity.adapters import attach, make_adapter
 from sparse_pretrain.sparsity.linear import SparseLinear, is_conv1d
 from sparse_pretrain.sparsity.projections import shape_obstacle
 
@@ -20,12 +21,14 @@ FFN_PATTERNS = ("*.ffn.*", "*.mlp.*", "ffn.*", "mlp.*")
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One linear layer of a model. skipped: why it stays dense although a pattern matched it."""
+    """One linear layer of a model. adapted: whether it has an adapter; skipped: why it stays as it is although a pattern
+    matched it."""
 
     name: str
     out_features: int
     in_features: int
     sparse: bool
+    adapted: bool = False
     skipped: str = ""
 
 
@@ -35,7 +38,8 @@ def sparsify(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> list[LayerRow]:
-    """Swap every linear layer of `model` whose name matches, in place; it then computes with 2:4 weights.
+    """Swap every linear layer of `model` whose name matches, in place; it then computes with sparse weights, and has the
+    recipe's adapter.
 
     A layer that the model uses under several names is swapped under all of them if one matches. Arguments, result and
     errors are those of `select_layers`.
@@ -43,9 +47,11 @@ def sparsify(
     rows = select_layers(model, recipe, include, exclude)
     swapped: dict[nn.Module, SparseLinear] = {}
     for row in rows:
+        layer = model.get_submodule(row.name)
         if row.sparse:
-            dense = model.get_submodule(row.name)
-            swapped[dense] = SparseLinear(dense, recipe.projection, recipe.weight_gradient, recipe.fp8)
+            swapped[layer] = layer = SparseLinear(layer, recipe)
+        if row.adapted:
+            attach(layer, make_adapter(recipe.adapter, row.in_features, row.out_features))
     for name, module in _linears(model).items():
         if module in swapped:
             replace(model, name, swapped[module])
@@ -62,7 +68,7 @@ def select_layers(
 
     Args:
         model: any module holding `nn.Linear` or Hugging Face `Conv1D` layers.
-        recipe: decides projection and weight gradient; a dense recipe selects nothing.
+        recipe: decides projection and adapter; one without either selects nothing.
         include: shell-style patterns over whole layer names (`blocks.2.ffn.*` is not `blocks.20.ffn.up`); default:
             the recipe's, else the FFN of every block.
         exclude: patterns of layers to leave dense; default: the recipe's.
@@ -72,16 +78,16 @@ def select_layers(
 
     Raises:
         UserError: a pattern matches no linear layer; a layer named exactly (without wildcard) has a shape that cannot
-            be 2:4; or nothing is left to swap. A layer matched by a wildcard whose shape cannot be 2:4 is skipped, and
-            says so in its row.
+            be made sparse; or nothing is left to swap. A layer matched by a wildcard whose shape cannot be is skipped,
+            and says so in its row.
         ValueError: the model is itself a linear layer, which cannot be swapped in place.
     """
     if isinstance(model, nn.Linear) or is_conv1d(model):
         raise ValueError("the model is a linear layer itself: put it into a module, as nn.Sequential(layer)")
     linears = _linears(model)
     first_names = {module: name for name, module in reversed(linears.items())}
-    if recipe.projection == "none":
-        return [_row(name, module, sparse=False) for module, name in reversed(first_names.items())]
+    if recipe.projection == recipe.adapter.kind == "none":
+        return [_row(name, module) for module, name in reversed(first_names.items())]
     include = recipe.include if include is None else include
     exclude = recipe.exclude if exclude is None else exclude
     if include is None:
@@ -103,14 +109,22 @@ def select_layers(
         matched = [] if excluded else [pattern for pattern in include if fnmatchcase(name, pattern)]
         if module in rows and not matched:
             continue
-        row = _row(first_names[module], module, sparse=bool(matched))
-        obstacle = shape_obstacle(recipe.projection, row.out_features, row.in_features) if matched else None
+        row = _row(first_names[module], module)
+        obstacle = shape_obstacle(recipe, row.out_features, row.in_features) if matched else None
         if obstacle and name in matched:
-            raise UserError("recipe.include", f"{name}, whose {obstacle}", "layers whose shape can be 2:4")
-        rows[module] = dataclasses.replace(row, sparse=False, skipped=obstacle) if obstacle else row
-    if not any(row.sparse for row in rows.values()):
+            raise UserError("recipe.include", f"{name}, whose {obstacle}", "layers whose shape can be sparse")
+        chosen = bool(matched) and not obstacle
+        rows[module] = dataclasses.replace(
+            row,
+            sparse=chosen and recipe.projection != "none",
+            adapted=chosen and recipe.adapter.kind != "none",
+            skipped=obstacle or "",
+        )
+    if not any(row.sparse or row.adapted for row in rows.values()):
         skipped = "; ".join(f"{row.name}: {row.skipped}" for row in rows.values() if row.skipped)
-        raise UserError("recipe.include", f"no layer that can be 2:4 ({skipped or 'all are excluded'})", "at least one")
+        raise UserError(
+            "recipe.include", f"no layer that can be sparse ({skipped or 'all are excluded'})", "at least one"
+        )
     return list(rows.values())
 
 
@@ -130,9 +144,9 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in named if isinstance(module, nn.Linear) or is_conv1d(module)}
 
 
-def _row(name: str, module: nn.Module, sparse: bool) -> LayerRow:
+def _row(name: str, module: nn.Module) -> LayerRow:
     rows, columns = module.weight.shape  # type: ignore[misc]
-    return LayerRow(name, columns, rows, sparse) if is_conv1d(module) else LayerRow(name, rows, columns, sparse)
+    return LayerRow(name, *((columns, rows) if is_conv1d(module) else (rows, columns)), sparse=False)
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

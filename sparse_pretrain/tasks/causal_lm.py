@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
@@ -12,13 +12,18 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from sparse_pretrain.config import TrainConfig
-from sparse_pretrain.evaluation.perplexity import token_losses
+from sparse_pretrain.evaluation.perplexity import cross_entropies
 from sparse_pretrain.models.gpt import GPT
-from sparse_pretrain.optim.adamw import AdamW, parameter_groups
+from sparse_pretrain.optim.build import build_optimizers
 from sparse_pretrain.optim.schedules import lr_share
+from sparse_pretrain.seeds import hash_seed
 from sparse_pretrain.sparsity.recipe import SparseTraining
+from sparse_pretrain.sparsity.schedule import SPARSE
 from sparse_pretrain.sparsity.swap import sparsify
 from sparse_pretrain.tasks.guard import StepGuard
+
+if TYPE_CHECKING:
+    from sparse_pretrain.tasks.teacher import Teacher
 
 
 class CausalLM(lightning.LightningModule):
@@ -39,68 +44,86 @@ class CausalLM(lightning.LightningModule):
         self.cfg = cfg
         self.model = build_model(cfg, vocab_size)
         self.layers = sparsify(self.model, cfg.recipe)
-        self.sparse_training = SparseTraining(self.model, cfg.recipe, cfg.trainer.steps, cfg.seed)
+        self.sparse_training = SparseTraining(
+            self.model, cfg.recipe, cfg.trainer.steps, cfg.seed, beta2=cfg.optimizer.betas[1], eps=cfg.optimizer.eps
+        )
         self.guard = StepGuard(cfg.trainer.guard)
         self.steps_done = 0
-        # Since the last logged row, over the steps not dropped: sum of losses, of gradient norms, number of steps.
-        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64), persistent=False)
+        self.teacher: Teacher | None = None  # TeacherCallback brings it
+        self.teacher_copy: dict[str, Tensor] | None = None  # the checkpoint's, for it
+        # Since the last logged row, over the steps not dropped: sum of losses, of gradient norms, number of steps, sum
+        # of distillation losses, number of steps with a teacher.
+        self.register_buffer("sums", torch.zeros(5, dtype=torch.float64), persistent=False)
         self.sums: Tensor
         self._resumed = False
         self.forked = False  # whether the checkpoint to resume from is another run's: its masks may be out of date
 
-    def configure_optimizers(self) -> AdamW:
-        optimizer = self.cfg.optimizer
-        return AdamW(
-            parameter_groups(self.model, optimizer.weight_decay),
-            lr=optimizer.lr,
-            betas=(optimizer.betas[0], optimizer.betas[1]),
-            eps=optimizer.eps,
-            decay=self.sparse_training.decay,
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        training = self.sparse_training
+        return build_optimizers(
+            self.model, self.cfg.optimizer, training.decay, training.second_moment, own_lr=training.own_lr
         )
 
     def on_fit_start(self) -> None:
-        if self.forked and self.sparse_training.layers:
+        if self.forked and self.sparse_training.started:
             self.sparse_training.refresh()
-        self.sparse_training.prepare(self.steps_done, refresh=not self._resumed)
+        self._prepare_step(refresh=not self._resumed)
         if self.cfg.trainer.compile:
             for block in self.model.blocks:
                 block.compile()
 
+    def _prepare_step(self, refresh: bool) -> None:
+        """Make the model, and the teacher it may become, ready for the next step."""
+        self.sparse_training.prepare(self.steps_done, refresh)
+        if self.teacher is not None and self.sparse_training.phase(self.steps_done) == SPARSE:
+            self.teacher.appear(self.model)
+
     def training_step(self, batch: Tensor, _: int) -> None:
         """batch: (sequences of this rank, seq_len + 1) int64."""
         step, trainer = self.steps_done, self.cfg.trainer
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, AdamW)
+        optimizers: list[Any] = self.trainer.optimizers  # ours, which know `found_inf`
         torch.manual_seed(hash_seed(self.cfg.seed, step, self.global_rank))  # dropout
 
         micro_batches: tuple[Tensor, ...] = batch.split(trainer.micro_batch_size or len(batch))
-        loss = torch.zeros((), device=self.device)
+        teacher = self.teacher if self.teacher is not None and self.teacher.is_there else None
+        losses = torch.zeros(2, device=self.device)  # the task's, the teacher's
         for i, sequences in enumerate(micro_batches):
             tokens = sequences[:, 1:].numel()
             self.sparse_training.at_tokens((self.global_rank * len(micro_batches) + i) * (-(-tokens // 4) * 4))
             with self._sync_gradients(last=i == len(micro_batches) - 1):
-                micro_loss = token_losses(self.model, sequences).mean() / len(micro_batches)
-                self.manual_backward(micro_loss)
-            loss += micro_loss.detach()
-        loss = self._mean_over_ranks(loss)
+                logits = self.model(sequences[:, :-1])
+                task = objective = cross_entropies(logits, sequences).mean()
+                distillation = torch.zeros_like(task)
+                if teacher is not None:
+                    distillation = teacher.loss(logits, sequences, step, first_row=i * len(micro_batches[0]))
+                    objective = (1 - teacher.cfg.weight) * task + teacher.cfg.weight * distillation
+                objective = (objective + self.sparse_training.penalty()) / len(micro_batches)
+                self.manual_backward(objective)
+            losses += torch.stack((task, distillation)).detach() / len(micro_batches)
+        loss, distillation = self._mean_over_ranks(losses)
+        self.sparse_training.select_gradients()
 
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # fp16 only
         if scaler is not None:
-            scaler.unscale_(optimizer)
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
         grad_norm = clip_gradients(self.model, trainer.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = self.cfg.optimizer.lr * lr_share(step, trainer.steps, self.cfg.scheduler)
         dropped = self.guard.check(step, loss, grad_norm, loss_scaled=scaler is not None)
-        optimizer.found_inf = dropped
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr_share(step, trainer.steps, self.cfg.scheduler)
+            optimizer.found_inf = dropped
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if scaler is not None:
             scaler.update()
 
-        row = torch.stack((loss, grad_norm, torch.ones_like(loss))).double()
+        one = torch.ones_like(loss)
+        taught = one if teacher is not None else torch.zeros_like(loss)
+        row = torch.stack((loss, grad_norm, one, distillation, taught)).double()
         self.sums += row.masked_fill(dropped > 0, 0.0)
         self.steps_done = step + 1
-        self.sparse_training.prepare(self.steps_done)
+        self._prepare_step(refresh=True)
 
     def _sync_gradients(self, last: bool) -> Any:
         """Gradients are exchanged between ranks with the last micro-batch only."""
@@ -116,11 +139,14 @@ class CausalLM(lightning.LightningModule):
         checkpoint["steps_done"] = self.steps_done
         checkpoint["sums"] = self.sums
         checkpoint["sparse_training"] = self.sparse_training.state_dict()
+        copy = self.teacher.copy if self.teacher is not None else None
+        checkpoint["teacher_copy"] = copy.state_dict() if copy is not None else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.steps_done = checkpoint["steps_done"]
         self.sums.copy_(checkpoint["sums"])
         self.sparse_training.load_state_dict(checkpoint["sparse_training"])
+        self.teacher_copy = checkpoint["teacher_copy"]
         self._resumed = True
 
 
@@ -134,14 +160,3 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     """The gradients' global 2-norm (0-dim fp32), before they are scaled to at most `max_norm`."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm)
     return norm.float()
-
-
-def hash_seed(seed: int, step: int, rank: int) -> int:
-    """A 63-bit seed for (seed, step, rank): SplitMix64's finaliser (Steele et al. 2014) over each in turn."""
-    mixed = 0
-    for value in (seed, step, rank):
-        mixed = (mixed + value + 0x9E3779B97F4A7C15) & (2**64 - 1)
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-        mixed ^= mixed >> 31
-    return mixed >> 1

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sparse_pretrain.evaluation.acceptance import total_acceptance
 from sparse_pretrain.evaluation.perplexity import total_loss
 from sparse_pretrain.hardware import peak_memory_gb
 from sparse_pretrain.runs import writing
 from sparse_pretrain.tasks.causal_lm import CausalLM
+from sparse_pretrain.tasks.teacher import Teacher
 
 SNAPSHOT_LAYERS, SNAPSHOT_ROWS, SNAPSHOT_COLUMNS = 3, 32, 64
 
@@ -56,7 +58,7 @@ class MetricsCallback(lightning.Callback):
         assert isinstance(pl_module, CausalLM)
         if trainer.is_global_zero:
             self._bar = tqdm(
-                total=pl_module.cfg.trainer.steps,
+                total=min(pl_module.cfg.trainer.steps, pl_module.cfg.trainer.stop_after or sys.maxsize),
                 initial=pl_module.steps_done,
                 desc=self.run_dir.name,
                 unit="step",
@@ -91,6 +93,8 @@ class MetricsCallback(lightning.Callback):
         if validate:
             self.val_loss = self._validate(trainer, pl_module)
             row["val/loss"] = self.val_loss
+            if pl_module.teacher is not None and pl_module.teacher.is_there:
+                row["val/acceptance"] = self._validate_acceptance(trainer, pl_module, pl_module.teacher)
             if trainer.is_global_zero:
                 save_mask_snapshot(pl_module, self.run_dir, step)
         for logger in trainer.loggers:
@@ -102,7 +106,9 @@ class MetricsCallback(lightning.Callback):
 
     def _training_row(self, trainer: lightning.Trainer, module: CausalLM) -> dict[str, Any]:
         cfg, step = module.cfg, module.steps_done
-        loss, norm, count = module.sums.tolist()  # waits for the device: the clock is read after it
+        loss, norm, count, distillation, taught = (
+            module.sums.tolist()
+        )  # waits for the device: the clock is read after it
         module.sums.zero_()
         seconds = self.elapsed
         tokens_per_step = cfg.trainer.batch_size * cfg.data.seq_len
@@ -111,8 +117,9 @@ class MetricsCallback(lightning.Callback):
         row = {
             "tokens": step * tokens_per_step,
             "seconds": seconds,
-            "phase": module.sparse_training.schedule.phase(step - 1) if module.sparse_training.layers else "dense",
+            "phase": module.sparse_training.phase(step - 1),
             "train/loss": loss / count if count else math.nan,
+            **({"train/distillation_loss": distillation / taught} if taught else {}),
             "train/grad_norm": norm / count if count else math.nan,
             "train/lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
             "train/tokens_per_second": rate,
@@ -125,13 +132,17 @@ class MetricsCallback(lightning.Callback):
 
     def _validate(self, trainer: lightning.Trainer, module: CausalLM) -> float:
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-        loss, tokens = total_loss(module.model, loader, module.device, trainer.precision_plugin.forward_context)
-        if trainer.world_size > 1:
-            both = torch.stack((loss, torch.tensor(float(tokens), dtype=torch.float64, device=loss.device)))
-            both = trainer.strategy.reduce(both, reduce_op="sum")
-            assert isinstance(both, Tensor)
-            return float(both[0] / both[1])
-        return float(loss) / tokens
+        autocast = trainer.precision_plugin.forward_context
+        return _mean_over_ranks(trainer, *total_loss(module.model, loader, module.device, autocast))
+
+    def _validate_acceptance(self, trainer: lightning.Trainer, module: CausalLM, teacher: Teacher) -> float:
+        """How often the teacher would accept the student's tokens, sampling at temperature 1."""
+        loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        autocast = trainer.precision_plugin.forward_context
+        sums, tokens = total_acceptance(
+            module.model, teacher.logits, loader, teacher.vocab_size, module.device, autocast
+        )
+        return _mean_over_ranks(trainer, sums[0], tokens)
 
     def _show(self, row: dict[str, Any], step: int, steps: int, validated: bool) -> None:
         if self._bar is None:
@@ -155,6 +166,16 @@ class MetricsCallback(lightning.Callback):
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _mean_over_ranks(trainer: lightning.Trainer, total: Tensor, tokens: int) -> float:
+    """The mean over all ranks' tokens; `total` is this rank's sum, 0-dim fp64."""
+    if trainer.world_size > 1:
+        both = torch.stack((total, torch.tensor(float(tokens), dtype=torch.float64, device=total.device)))
+        both = trainer.strategy.reduce(both, reduce_op="sum")
+        assert isinstance(both, Tensor)
+        return float(both[0] / both[1])
+    return float(total) / tokens
 
 
 def save_mask_snapshot(module: CausalLM, run_dir: Path, step: int) -> None:

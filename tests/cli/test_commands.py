@@ -134,7 +134,7 @@ def test_help_lists_groups_and_options():
     result = subprocess.run(
         [sys.executable, "-m", "sparse_pretrain.cli", "train", "--help"], capture_output=True, text=True, check=True
     )
-    assert "recipe: dense, fst, s_ste, sr_ste, ste" in result.stdout
+    assert "recipe: ast, dense, fst, maskllm, s_ste, slope, sr_ste, ste, step" in result.stdout
     assert "refresh_every: 40" in result.stdout
 
 

@@ -140,23 +140,29 @@ def _gated(dtype: str, kind: str, gate: bool, backward: bool = False) -> dict[st
             "elements": 1024}  # fmt: skip
 
 
-def _relu2(dtype: str, fragments: bool = False, backward: bool = False) -> dict[str, Any]:
+def _relu2(dtype: str, packed: bool = False, fragments: bool = False, backward: bool = False) -> dict[str, Any]:
     args = {"x_ptr": f"*{dtype}", "tokens": "i32", "groups": "i32", "row_stride": "i32"}
     constants = {"col_stride": 1, "DTYPE": dtype, "ROW_MAJOR": True, "R": 16, "G": 64}
-    if backward:
-        args |= {"dy_ptr": f"*{dtype}", "dx_ptr": f"*{dtype}", "dy_row_stride": "i32"}
-        constants |= {"dy_col_stride": 1, "DY_ROW_MAJOR": True}
-    else:
+    if packed:
         args |= PACKED | {"words": "i32"}
         constants |= {"FRAGMENTS": fragments}
-    name = "_relu2_prune_backward" if backward else "_relu2_prune_pack"
+    else:
+        args |= {"out_ptr": f"*{dtype}"}
+        constants |= {"DY_ROW_MAJOR": True}
+        if backward:
+            args |= {"dy_ptr": f"*{dtype}", "dy_row_stride": "i32"}
+            constants |= {"dy_col_stride": 1}
+        else:
+            constants |= {"dy_ptr": None, "dy_row_stride": 0, "dy_col_stride": 0}
+    name = "_relu2_prune_pack" if packed else "_relu2_prune"
     return {"kernel": f"gated.{name}", "args": args, "constants": constants, "elements": 4096}
 
 
-def _adamw(place: str, grad: str, moments: str, aligned: bool = True) -> dict[str, Any]:
+def _adamw(place: str, grad: str, moments: str, aligned: bool = True, frozen: bool = False) -> dict[str, Any]:
     numbers = ("lr", "take1", "take2", "log_beta1", "log_beta2", "eps", "weight_decay", "decay_factor")
     scalars = {"found_inf_ptr": "*fp32", "grad_scale_ptr": "*fp32", **dict.fromkeys(numbers, "fp32")}
-    constants = {"PLACE": place, "LR_IN_MEMORY": False, "P": "fp32", "G": grad, "M": moments, "V": moments}
+    constants = {"PLACE": place, "FROZEN": frozen, "LR_IN_MEMORY": False}
+    constants |= {"P": "fp32", "G": grad, "M": moments, "V": moments}
     constants |= {"ALIGNED": aligned, "BLOCK": 1024}
     args = {"table_ptr": "*i64", "owners_ptr": "*i32", **scalars}
     return {"kernel": "optim._adamw", "args": args, "constants": constants, "warps": 8, "elements": 1024}
@@ -188,12 +194,14 @@ CASES |= {
     "geglu_backward_bf16": _gated("bf16", "geglu", gate=True, backward=True),
     "swiglu_backward_fp32": _gated("fp32", "swiglu", gate=True, backward=True),
     "relu2_backward_fp16": _gated("fp16", "relu2", gate=False, backward=True),
-    "relu2_prune_pack_bf16_rows": _relu2("bf16"),
-    "relu2_prune_pack_bf16_fragments": _relu2("bf16", fragments=True),
+    "relu2_prune_pack_bf16_rows": _relu2("bf16", packed=True),
+    "relu2_prune_pack_bf16_fragments": _relu2("bf16", packed=True, fragments=True),
+    "relu2_prune_bf16": _relu2("bf16"),
     "relu2_prune_backward_bf16": _relu2("bf16", backward=True),
     "adamw_fp32": _adamw("none", "fp32", "fp32"),
     "adamw_gradient_decay_bf16_gradients": _adamw("gradient", "bf16", "fp32"),
     "adamw_momentum_decay_bf16_moments": _adamw("momentum", "fp32", "bf16"),
+    "adamw_frozen_momentum_decay": _adamw("momentum", "fp32", "fp32", frozen=True),
     "adamw_weight_decay_unaligned": _adamw("weight", "fp32", "fp32", aligned=False),
     "amax_bf16": {
         "kernel": "fp8._amax_kernel",

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sparse24 import ops
-from sparse24.activations import GATED, KINDS, gated_activation
+from sparse24.activations import GATED, KINDS, gated_activation, pruned_relu2
 from sparse24.fragments import from_fragments
-from sparse24.gated import gated_backward, gated_forward, relu2_prune_backward, relu2_prune_pack
+from sparse24.gated import gated_backward, gated_forward, relu2_prune, relu2_prune_backward, relu2_prune_pack
 from sparse24.reference import magnitude_mask, pack, unpack
 
 # one rounding to the dtype, after a few in float32
@@ -186,6 +186,49 @@ def test_relu2_prune_backward(transposed, shape, dtype, device):
     h = relu2(x)
     wanted = (2 * F.relu(x.float()) * dy.float() * magnitude_mask(h)).to(dtype)
     assert torch.equal(relu2_prune_backward(dy, x), wanted)
+    assert torch.equal(relu2_prune(x), h * magnitude_mask(h))
+
+
+def kept_by_hand(h):
+    """The two largest of each four, one group at a time; the lower feature goes first among equals."""
+    out = torch.zeros_like(h)
+    for row, values in enumerate(h.tolist()):
+        for start in range(0, len(values), 4):
+            order = sorted(range(start, start + 4), key=lambda i: (-values[i], i))
+            for i in order[:2]:
+                out[row, i] = values[i]
+    return out
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_pruned_relu2_operator(kernels, dtype, device, monkeypatch):
+    monkeypatch.setattr("sparse24.activations.use_kernels", lambda tensor: kernels)
+    x = awkward((2, 3, 20), device, dtype).transpose(0, 1).detach().requires_grad_()
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(4)).to(device, dtype)
+    y = pruned_relu2(x)
+    wanted = kept_by_hand(relu2(x.detach()).reshape(6, 20)).reshape(x.shape)
+    assert torch.equal(y, wanted)
+    assert y.is_contiguous()
+    assert ((y != 0).unflatten(-1, (-1, 4)).sum(-1) <= 2).all()
+    assert (y != 0).sum() < (relu2(x.detach()) != 0).sum()
+    y.backward(dy)
+    # 2·relu(x)·dy is zero, too, where a kept entry is
+    assert torch.equal(x.grad, torch.where(wanted != 0, 2 * F.relu(x.detach().float()) * dy.float(), 0.0).to(dtype))
+    torch.library.opcheck(torch.ops.sparse24.pruned_relu2.default, (x.detach().reshape(-1, 20).requires_grad_(),))
+
+
+def test_pruned_relu2_compiles_without_a_graph_break(device):
+    layer = torch.nn.Linear(8, 16, device=device)
+    x = torch.randn(5, 8, device=device)
+
+    def loss(x):
+        return pruned_relu2(layer(x)).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(x), layer.weight)
+    (found,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), layer.weight)
+    assert expected.abs().sum() > 0
+    torch.testing.assert_close(found, expected)
 
 
 # --- errors ---
@@ -209,5 +252,7 @@ def test_bad_arguments_are_named(device):
         gated_backward("swiglu", x, x, x, (x, None))
     with pytest.raises(ValueError, match="features a multiple of 4"):
         relu2_prune_pack(x[:, :6])
+    with pytest.raises(ValueError, match=r"features a multiple of 4; found torch.float32 of \(4, 6\)"):
+        pruned_relu2(x[:, :6])
     with pytest.raises(ValueError, match="dy must be torch.float32"):
         relu2_prune_backward(x.half(), x)

@@ -81,8 +81,8 @@ def test_same_as_the_optimizer(place, tensor_lr, device):
         assert ours.steps[i].item() == state[i]["step"].item() == 7
 
 
-def published_update(p, m, v, t, grad, mask, place):
-    """One step in float64; a parameter without a mask has none of it."""
+def published_update(p, m, v, t, grad, mask, place, frozen=False):
+    """One step in float64; a parameter without a mask has none of it. A frozen v is v̂ itself, and stays."""
     place = "none" if mask is None else place
     (beta1, beta2), eps, weight_decay = SETTINGS["betas"], SETTINGS["eps"], SETTINGS["weight_decay"]
     decay = torch.zeros_like(p) if mask is None else FACTOR * (~mask).double() * p
@@ -90,8 +90,10 @@ def published_update(p, m, v, t, grad, mask, place):
     p = p - LR * decay if place == "weight" else p
     m = beta1 * m + (1 - beta1) * g
     u = m + decay if place == "momentum" else m
-    v = beta2 * v + (1 - beta2) * (u if place == "momentum" else g) ** 2
-    p = p - LR * weight_decay * p - LR * (u / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+    if not frozen:
+        v = beta2 * v + (1 - beta2) * (u if place == "momentum" else g) ** 2
+    corrected = v if frozen else v / (1 - beta2**t)
+    p = p - LR * weight_decay * p - LR * (u / (1 - beta1**t)) / (corrected.sqrt() + eps)
     return p, m, v
 
 
@@ -130,7 +132,31 @@ def test_one_step_in_other_dtypes(place, dtypes, device):
 
 
 @pytest.mark.parametrize("place", DECAY_PLACES)
-def test_a_dropped_step_changes_nothing(place, device):
+def test_a_frozen_second_moment_divides_and_stays(place, device):
+    state = State(device)
+    state.exp_avg_sqs = [draw(*s, seed=51, device=device).square() for s in SHAPES]
+    before = [v.clone() for v in state.exp_avg_sqs]
+    expected = [
+        (p.double(), m.double(), v.double()) for p, m, v in zip(state.params, state.exp_avgs, before, strict=True)
+    ]
+    for t in (1, 2, 3):
+        grads = state.grads(t)
+        expected = [
+            published_update(*three, t, g.double(), mask, place, frozen=True)
+            for three, g, mask in zip(expected, grads, state.masks, strict=True)
+        ]
+        state.step(grads, decay_place=place, decay_factor=FACTOR, frozen=True)
+    for i, (p, m, _) in enumerate(expected):
+        # v̂ near 0 makes steps of hundreds: relative
+        torch.testing.assert_close(state.params[i].double(), p, rtol=5e-6, atol=1e-5)
+        torch.testing.assert_close(state.exp_avgs[i].double(), m, rtol=2e-6, atol=1e-6)
+        assert torch.equal(state.exp_avg_sqs[i], before[i])
+        assert state.steps[i] == 3
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("place", DECAY_PLACES)
+def test_a_dropped_step_changes_nothing(place, frozen, device):
     state = State(device)
     found_inf = torch.zeros((), device=device)
     state.step(state.grads(1), decay_place=place, decay_factor=FACTOR, found_inf=found_inf)
@@ -138,7 +164,7 @@ def test_a_dropped_step_changes_nothing(place, device):
     before = [x.clone() for x in state.tensors()]
     found_inf.fill_(1)
     grads = [torch.full_like(p, torch.nan) for p in state.params]
-    state.step(grads, decay_place=place, decay_factor=FACTOR, found_inf=found_inf)
+    state.step(grads, decay_place=place, decay_factor=FACTOR, found_inf=found_inf, frozen=frozen)
     assert all(torch.equal(a, b) for a, b in zip(before, state.tensors(), strict=True))
     found_inf.fill_(0)
     state.step(state.grads(2), decay_place=place, decay_factor=FACTOR, found_inf=found_inf)

@@ -18,7 +18,13 @@ STEPS = 20
 def build(projection="magnitude", weight_gradient="dense", decay=None, seed=1, **schedule):
     torch.manual_seed(0)
     model = nn.ModuleDict({"ffn": nn.ModuleDict({"up": nn.Linear(8, 16), "down": nn.Linear(16, 8)})})
-    recipe = RecipeConfig("test", projection, weight_gradient, decay or DecayConfig(), ScheduleConfig(**schedule))
+    recipe = RecipeConfig(
+        "test",
+        projection,
+        weight_gradient=weight_gradient,
+        decay=decay or DecayConfig(),
+        schedule=ScheduleConfig(**schedule),
+    )
     sparsify(model, recipe)
     training = SparseTraining(model, recipe, STEPS, seed)
     training.prepare(0)
@@ -365,7 +371,7 @@ def test_mvue_outside_a_sparse_training_is_refused():
 
 def test_an_unknown_recipe():
     with pytest.raises(
-        UserError, match=r"recipe: found fstt; allowed: dense, fst, s_ste, sr_ste, ste; did you mean fst\?"
+        UserError, match=r"recipe: found fstt; allowed: ast, dense, fst, maskllm, s_ste, slope, sr_ste, ste, step; did you mean fst\?"
     ):
         load_recipe("fstt")
 

@@ -6,6 +6,7 @@ from sparse24 import backends, dispatch, ops
 from sparse24.dispatch import Plan
 
 from sparse_pretrain import runs, train
+from sparse_pretrain.config import RecipeConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.optim import adamw
 from sparse_pretrain.sparsity.linear import SparseLinear
@@ -98,7 +99,7 @@ def test_a_backend_that_cannot_serve_a_layer_is_refused(tiny, pretend):
 
 def test_weights_in_the_dtype_of_the_products():
     """Ŵ is rounded once, when it is projected; the master weight stays as it is."""
-    layer = SparseLinear(torch.nn.Linear(32, 16), "transposable")
+    layer = SparseLinear(torch.nn.Linear(32, 16), RecipeConfig("test", "transposable"))
     layer.product_dtype = torch.bfloat16
     layer.project()
     assert layer.sparse_weight.dtype == torch.bfloat16
@@ -110,7 +111,7 @@ def test_weights_in_the_dtype_of_the_products():
 
 
 def test_a_packed_layer_projects_into_the_same_memory(pretend):
-    layer = SparseLinear(torch.nn.Linear(32, 16), "transposable")
+    layer = SparseLinear(torch.nn.Linear(32, 16), RecipeConfig("test", "transposable"))
     layer.plan = Plan("gluon:a", "gluon:b", "gluon:a")
     layer.project()
     tensors = [*layer.packed.forward.tensors, *layer.packed.input_gradient.tensors]

@@ -157,7 +157,9 @@ def test_a_resumed_run_is_bit_identical(tiny, stop_at, tmp_path, stop):
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
-@pytest.mark.parametrize("recipe", ["dense", "ste", "sr_ste", "s_ste"])
+@pytest.mark.parametrize(
+    "recipe", ["dense", "ste", "sr_ste", "s_ste", "step", "ast", "slope", "maskllm"]
+)
 def test_other_recipes_resume_too(tiny, stop_at, tmp_path, recipe):
     train.run(tiny(recipe, "whole"))
     stop_at(7)
