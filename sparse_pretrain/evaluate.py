@@ -93,19 +93,23 @@ def represent(model: nn.Module, weights: str) -> str:
     Only of a run with `recipe.fp8` packed and dense weights are more precise: they are not quantised.
 
     Raises:
-        UserError: `sparse` or `packed` for a model without layers in their sparse phase.
+        UserError: `sparse` or `packed` for a model without layers in their sparse phase, or `packed` where they are
+            not 2:4.
     """
-    sparse = sum(isinstance(m, SparseLinear) and m.is_sparse for m in model.modules())
+    layers = [m for m in model.modules() if isinstance(m, SparseLinear) and m.is_sparse]
+    sparse, pattern = len(layers), "{}:{}".format(*layers[0].pattern) if layers else ""
     if weights in ("sparse", "packed") and not sparse:
         raise UserError(
             "weights", f"{weights}, but no layer of this checkpoint is in its sparse phase", ["auto", "dense"]
         )
+    if weights == "packed" and pattern != "2:4":
+        raise UserError("weights", f"packed, for a checkpoint that is {pattern} sparse", ["auto", "dense", "sparse"])
     if weights == "packed":
         return f"packed: values and 2-bit metadata in {pack_model(model)} layers"
     if weights == "dense":
         densify(model)
-        return f"dense, with 2:4 zeros in {sparse} layers" if sparse else "dense"
-    return f"2:4 sparse in {sparse} layers" if sparse else "dense"
+        return f"dense, with {pattern} zeros in {sparse} layers" if sparse else "dense"
+    return f"{pattern} sparse in {sparse} layers" if sparse else "dense"
 
 
 def evaluation_tokens(cfg: EvaluateConfig, trained: Trained) -> tuple[np.ndarray, str]:

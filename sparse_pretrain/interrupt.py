@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_received: list[int] = []  # before the first step
 
 
 class Interrupted(Exception):
@@ -25,17 +26,26 @@ def before_the_first_step() -> Iterator[None]:
     """While a run is being prepared, and has nothing to save yet, a signal raises `Interrupted` at once."""
 
     def stop(number: int, _: FrameType | None) -> None:
-        raise Interrupted(f"{signal.Signals(number).name} before the first step; the same command starts again")
+        _received.append(number)
+        raise_if_received()
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield
         return
+    _received.clear()
     previous = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def raise_if_received() -> None:
+    """Raise `Interrupted` for a signal of before, whose exception may have come where any exception is ignored: inside
+    an import that tries, or a finaliser."""
+    if _received:
+        raise Interrupted(f"{signal.Signals(_received[0]).name} before the first step; the same command starts again")
 
 
 def ignore_signals(_: int = 0) -> None:

@@ -118,5 +118,6 @@ def with_absolute_paths(cfg: TrainConfig) -> TrainConfig:
         cfg,
         data=dataclasses.replace(data, **changes),
         recipe=dataclasses.replace(recipe, teacher=teacher, adapter=adapter),
+        resume=cfg.resume if cfg.resume in ("auto", "never") else absolute(cfg.resume),
         init_from=cfg.init_from and absolute(cfg.init_from),
     )

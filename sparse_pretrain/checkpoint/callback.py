@@ -11,7 +11,7 @@ import lightning
 from lightning.pytorch.plugins import CheckpointIO
 
 from sparse_pretrain.checkpoint import store
-from sparse_pretrain.interrupt import SIGNALS, Interrupted
+from sparse_pretrain.interrupt import SIGNALS, Interrupted, raise_if_received
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -50,6 +50,7 @@ class CheckpointCallback(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # Only now, after Lightning has registered its own handler, which would end a run without a checkpoint.
         self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        raise_if_received()
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:  # a second Ctrl-C means now

@@ -13,8 +13,8 @@ from sparse_pretrain.config import LearnedConfig
 class LearnedMask(nn.Module):
     """Per group of M weights one logit for each of the patterns that keep N of them.
 
-    In training the mask is Σₖ softmaxₖ((κ·logitₖ + Gumbel) / τ)·patternₖ, differentiable in the logits; what is evaluated
-    and deployed is the pattern with the largest logit. The noise is drawn once per optimizer step.
+    In training the mask is Σₖ softmaxₖ((κ·logitₖ + Gumbel) / τ)·patternₖ, differentiable in the logits; what is
+    evaluated and deployed is the pattern with the largest logit. The noise is drawn once per optimizer step.
 
     Args:
         out_features, in_features: of the weight; in_features a multiple of `group`.
@@ -48,7 +48,7 @@ class LearnedMask(nn.Module):
         drawn = torch.empty(self.logits.shape).normal_(0.0, self.cfg.logit_std, generator=generator)
         self.logits.copy_(drawn)
         overlap = prior.reshape(*self.logits.shape[:2], -1).to(self.patterns.dtype) @ self.patterns.t()
-        self.logits += (overlap - self.kept / 2) * (self.logits.std() * self.cfg.prior_strength)
+        self.logits.add_((overlap - self.kept / 2) * (self.logits.std() * self.cfg.prior_strength))
 
     def draw(self, progress: float, seed: int) -> None:
         """Gumbel noise of one optimizer step, and κ and τ at `progress` (0 … 1) through the sparse steps."""

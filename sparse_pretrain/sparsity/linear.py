@@ -30,8 +30,8 @@ class SparseLinear(nn.Module):
 
     Other buffers, each there only where the recipe asks for it: `input_mask`, the mask of the weight in dX = dY W, for
     `input_gradient=double_pruned` (SLoPe); `input_square`, per input the sum of squares since the last refresh, for
-    `projection=metric` (Wanda), to which SparseTraining adds `step_square`, that of the step being made; `scale`, β of `projection=soft_threshold` (S-STE: Ŵ = β·S(W)), computed here, from the
-    weight as it is now, and kept from then on.
+    `projection=metric` (Wanda), to which SparseTraining adds `step_square`, that of the step being made; `scale`, β of
+    `projection=soft_threshold` (S-STE: Ŵ = β·S(W)), computed here, from the weight as it is now, and kept from then on.
 
     Args:
         dense: the layer to replace: an `nn.Linear`, or a Hugging Face `Conv1D` (its weight is (in, out)).
@@ -207,7 +207,7 @@ class SparseLinear(nn.Module):
         weight = self.out_by_in(self.weight)
         sparse_weight = self.sparse_weight if self.packed is None else self.packed
         training = self.training and torch.is_grad_enabled()
-        if self.step_square is not None and training:
+        if self.step_square is not None and training:  # twice if recomputed for the backward pass, as all others then
             self.step_square += x.detach().float().square().flatten(0, -2).sum(dim=0)
         if sparse_weight is None:
             return F.linear(x, weight, self.bias)
@@ -215,9 +215,7 @@ class SparseLinear(nn.Module):
             return F.linear(x, weight * self.learned.soft_mask(), self.bias)
         if self.input_weight is not None:
             assert isinstance(sparse_weight, Tensor)
-            sparse_weight = SparseWeight(
-                Operand("dense", [sparse_weight]), Operand("dense", [self.input_weight.t()])
-            )
+            sparse_weight = SparseWeight(Operand("dense", [sparse_weight]), Operand("dense", [self.input_weight.t()]))
         if self.weight_gradient == "mvue" and self.mvue is None and torch.is_grad_enabled():
             raise RuntimeError("a layer with weight_gradient=mvue trains only under a SparseTraining")
         packed = self.packed is not None and not self.fp8
@@ -234,11 +232,12 @@ class SparseLinear(nn.Module):
         dense.weight = self.weight
         dense.register_parameter("bias", self.bias)
         adapter = getattr(self, "adapter", None)
-        adapted = adapter is not None and adapter.active and adapter.original is None
-        if self.is_sparse or adapted:
+        if adapter is not None and not (adapter.active and adapter.original is None):
+            adapter = None
+        if self.is_sparse or adapter is not None:
             # A Parameter of its own: the master weight may be tied to another layer, which goes on using it.
             weight = self.current_weight() if self.is_sparse else self.out_by_in(self.weight.detach())
-            if adapted:
+            if adapter is not None:
                 weight = weight + adapter.delta().detach()
             dense.weight = nn.Parameter(self.out_by_in(weight).contiguous())
         return dense.train(self.training)

@@ -21,7 +21,8 @@ def choose_plans(
     backend: str = "auto",
     cache: Path | None = None,
 ) -> tuple[dict[str, Plan], str]:
-    """A plan for every sparse layer of `model`, by name (dense products where the pattern is not 2:4), and the measurements as a table (empty if there were none).
+    """A plan for every sparse layer of `model`, by name (dense products where the pattern is not 2:4 or is learned), and
+    the measurements as a table (empty if there were none).
 
     Args:
         model: with its sparse layers; it may be elsewhere than on `device`.

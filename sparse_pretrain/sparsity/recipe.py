@@ -135,7 +135,7 @@ class SparseTraining:
         self.second_moment.frozen = sparse and self.recipe.frozen_preconditioner
 
     def _decay_factor(self, step: int) -> float:
-        """λ·min(t / ramp, 1), t counted from the first sparse step (AST)."""
+        """λ·min(t / ramp, 1), t counted from the first sparse step (AST), in which with a ramp there is none."""
         decay, schedule = self.recipe.decay, self.schedule
         assert not isinstance(decay.factor, str)
         ramp = decay.ramp * (schedule.finetune_start - schedule.warmup_end)
@@ -244,6 +244,7 @@ def _gather_inputs(layers: list[SparseLinear]) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
     for layer, square in zip(measured, total.split([layer.in_features for layer in measured]), strict=True):
-        assert layer.input_square is not None and layer.step_square is not None
+        assert layer.input_square is not None
+        assert layer.step_square is not None
         layer.input_square += square
         layer.step_square.zero_()

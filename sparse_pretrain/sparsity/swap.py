@@ -21,8 +21,8 @@ FFN_PATTERNS = ("*.ffn.*", "*.mlp.*", "ffn.*", "mlp.*")
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One linear layer of a model. adapted: whether it has an adapter; skipped: why it stays as it is although a pattern
-    matched it."""
+    """One linear layer of a model. adapted: whether it has an adapter; skipped: why it stays as it is although a
+    pattern matched it."""
 
     name: str
     out_features: int
@@ -38,8 +38,8 @@ def sparsify(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> list[LayerRow]:
-    """Swap every linear layer of `model` whose name matches, in place; it then computes with sparse weights, and has the
-    recipe's adapter.
+    """Swap every linear layer of `model` whose name matches, in place; it then computes with sparse weights, and has
+    the recipe's adapter.
 
     A layer that the model uses under several names is swapped under all of them if one matches. Arguments, result and
     errors are those of `select_layers`.

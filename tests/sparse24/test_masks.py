@@ -61,6 +61,58 @@ def test_magnitude_mask_of_a_transposed_and_a_strided_weight():
     assert torch.equal(magnitude_mask(weight[:, ::2]), slow_magnitude_mask(weight[:, ::2].contiguous()))
 
 
+N_OF_M = [(1, 2), (1, 4), (3, 4), (2, 8), (4, 8), (8, 16), (1, 3)]
+
+
+def slow_n_of_m_mask(weight, kept, group):
+    """Second formulation: sort the (−|w|, index) of each group with Python."""
+    mask = torch.zeros(weight.shape, dtype=torch.bool)
+    groups, out = weight.reshape(-1, group).tolist(), mask.view(-1, group)
+    for g, values in enumerate(groups):
+        key = [(-math.inf if math.isnan(w) else -abs(w), i) for i, w in enumerate(values)]
+        out[g, [i for _, i in sorted(key)[:kept]]] = True
+    return mask
+
+
+@pytest.mark.parametrize(("kept", "group"), N_OF_M)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("make", [randn, with_ties])
+def test_magnitude_mask_keeps_the_n_largest_of_m(kept, group, dtype, make):
+    for shape in [(group,), (6, 48), (2, 3, 48)]:
+        weight = make(*shape).to(dtype)
+        mask = magnitude_mask(weight, kept, group)
+        assert mask.dtype == torch.bool
+        assert torch.equal(mask, slow_n_of_m_mask(weight, kept, group))
+        assert (mask.unflatten(-1, (-1, group)).sum(-1) == kept).all()
+    assert magnitude_mask(torch.zeros(0, group), kept, group).shape == (0, group)
+
+
+def test_n_of_m_of_every_order_of_values_with_ties():
+    """A tie keeps the lower index; a NaN counts as infinite, so that none is hidden while there is room."""
+    weight = torch.tensor(list(itertools.product([0.0, -1.0, 2.0, -math.inf, math.nan], repeat=4)))
+    for kept in (1, 3):
+        mask = magnitude_mask(weight, kept, 4)
+        assert torch.equal(mask, slow_n_of_m_mask(weight, kept, 4))
+        few = weight.isfinite().sum(-1) >= 4 - kept
+        assert (mask | weight.isfinite())[few].all()
+    assert torch.equal(magnitude_mask(weight, 2, 4), slow_n_of_m_mask(weight, 2, 4))
+
+
+def test_n_of_m_of_a_transposed_and_a_strided_weight_which_stays_as_it_was():
+    weight = randn(32, 48)
+    before = weight.clone()
+    assert torch.equal(magnitude_mask(weight.t(), 2, 8), slow_n_of_m_mask(weight.t().contiguous(), 2, 8))
+    assert torch.equal(magnitude_mask(weight[:, ::2], 4, 8), slow_n_of_m_mask(weight[:, ::2].contiguous(), 4, 8))
+    assert torch.equal(weight, before)
+
+
+def test_n_of_m_needs_whole_groups():
+    with pytest.raises(ValueError, match="in_features must be a multiple of 8; found 12"):
+        magnitude_mask(torch.zeros(4, 12), 4, 8)
+    with pytest.raises(ValueError, match=r"weight must be floating point; found torch\.int64"):
+        magnitude_mask(torch.zeros(4, 8, dtype=torch.int64), 4, 8)
+
+
 def test_masks_leave_the_weight_alone():
     weight = torch.tensor([[math.nan, 1.0, math.inf, -3.0]] * 4)
     before = weight.clone()

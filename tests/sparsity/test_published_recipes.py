@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_pretrain.config import AdapterConfig, DecayConfig, ModelConfig, OptimizerConfig, RecipeConfig, ScheduleConfig
+from sparse_pretrain.config import (
+    AdapterConfig,
+    DecayConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RecipeConfig,
+    ScheduleConfig,
+)
 from sparse_pretrain.models.gpt import GPT
 from sparse_pretrain.optim.build import build_optimizers
 from sparse_pretrain.sparsity import SparseTraining, densify, load_recipe, sparsify
@@ -176,7 +183,7 @@ def test_ast_is_the_published_one():
     model, training, optimizer = build(ast())
     layer, adam = model["ffn"], Adam()
     weight = layer.weight.detach().double()
-    flipped = 0
+    mask, flipped = keep(weight), 0
     for t in range(STEPS):
         if t in (10, 20, 30):
             flipped += 0 if t == 10 else int((keep(weight) != mask).sum())
@@ -250,6 +257,19 @@ def test_wandas_metric_is_the_published_one():
     assert differs > 0
 
 
+def test_wandas_first_masks_are_of_the_last_dense_steps():
+    """Of inputs since the last multiple of refresh_every, not of the whole dense warm-up: of step 3 alone."""
+    recipe = ast(dense_warmup=4 / STEPS, refresh_every=3)
+    recipe.projection = "metric"
+    model, training, optimizer = build(recipe)
+    layer = model["ffn"]
+    for t in range(4):
+        x, y, _ = data(t)
+        x = x.flip(1) if t < 3 else x  # whose largest inputs are then other ones
+        train_step(model, training, optimizer, t, x, y)
+    assert torch.equal(layer.mask, keep(layer.weight.detach().double() * x.double().square().sum(0).sqrt()))
+
+
 @pytest.mark.parametrize("init", ["mean", "sum"])
 def test_slorb_is_the_published_one(init):
     """From the first sparse step on Y = X Ŵᵀ + (X Pᵀ)Sᵀ, P one-hot sums of k inputs and S the mean (or sum) of the
@@ -312,11 +332,11 @@ def test_slope_is_the_published_one():
     drawn, initial = layer.adapter.a.detach().double(), layer.weight.detach()[~mask].clone()
     left, right = drawn, torch.zeros(OUT, 3, dtype=torch.float64)  # L is a transposed, R is b transposed
     adam = {name: Adam() for name in ("weight", "left", "right")}
-    reselected = 0
+    again, reselected = double_pruned(weight, mask), 0
     for t in range(steps):
         if t % 20 == 0:
             new = double_pruned(weight, mask)
-            reselected += t > 0 and not torch.equal(new, again)
+            reselected += not torch.equal(new, again)
             again = new
         assert layer.adapter.active == (t >= start)
         assert torch.equal(layer.mask, mask)
@@ -791,5 +811,3 @@ def test_a_run_that_goes_on_from_a_dense_phase_of_another_chooses_its_masks():
         fork.prepare(5, refresh=False)
         agree = (other["ffn"].mask == keep(other["ffn"].weight)).view(-1, 4).all(-1).double().mean()
         assert agree == 1.0 if projection == "static" else agree > 0.8
-
-

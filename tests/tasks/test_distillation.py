@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from sparse_pretrain.tasks.distillation import Targets, divergences, furthest_be
 from sparse_pretrain.tasks.teacher import Teacher, find_teacher, load_teacher
 from sparse_pretrain.tasks.teacher_logits import TeacherLogits
 from sparse_pretrain.tasks.trained import load_trained
+from tests.cli.test_commands import start, wait_for_step
 from tests.tasks.test_training import assert_equal, assert_same_run, final_state, metrics
 
 CPU = torch.device("cpu")
@@ -417,6 +419,32 @@ def test_stopped_in_between_it_goes_on_bit_for_bit(keeping, tmp_path):
     train.run(keeping("ste", "whole"))
     train.run(keeping("ste", "stopped"))
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_sigkill_while_logits_are_written_never_changes_the_result(tmp_path, corpus):
+    options = [
+        "trainer.steps=300",
+        "trainer.checkpoint_every=7",
+        "trainer.eval_every=50",
+        "trainer.log_every=3",
+        "data.seq_len=16",
+    ]
+    teacher = start(tmp_path / "teacher", corpus, "recipe=dense")
+    assert teacher.wait(timeout=120) == 0
+    options += ["recipe=ste", f"recipe.teacher.models=[{tmp_path}/teacher]"]
+    kills = 0
+    for step in (20, 90, 180):
+        process = start(tmp_path / "killed", corpus, *options, f"recipe.teacher.logits={tmp_path}/logits")
+        wait_for_step(tmp_path / "killed", step, process)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills == 3
+    for name in ("killed", "whole"):
+        process = start(tmp_path / name, corpus, *options, f"recipe.teacher.logits={tmp_path}/logits")
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_the_first_to_write_a_record_is_right(tmp_path):

@@ -6,13 +6,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import distributed, nn
 
-from sparse_pretrain import runs, train
+from sparse_pretrain import evaluate, runs, train
 from sparse_pretrain.checkpoint import store
+from sparse_pretrain.config import EvaluateConfig, RecipeConfig, ScheduleConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.evaluation.perplexity import total_loss
-from sparse_pretrain.sparsity import SparseLinear
+from sparse_pretrain.sparsity import SparseLinear, SparseTraining, sparsify
 from sparse_pretrain.sparsity.schedule import DENSE_WARMUP, SPARSE
 from sparse_pretrain.tasks.causal_lm import build_model
 from sparse_pretrain.tasks.trained import load_trained
@@ -186,6 +187,33 @@ def test_adapters_without_sparsity_train_alone(tiny):
     assert (run_dir / runs.ADAPTER_FILE).is_file()
 
 
+@pytest.mark.parametrize(("recipe", "changes"), [("maskllm", MASKLLM), ("slope", SLOPE), ("ast", AST), ("ste", METRIC)])
+def test_what_was_trained_is_evaluated_however_weights_are_held(tiny, capsys, recipe, changes):
+    run_dir = train.run(tiny(recipe, **changes))
+    losses = {}
+    for weights in ("auto", "dense", "sparse", "packed"):
+        capsys.readouterr()
+        evaluate.run(EvaluateConfig(str(run_dir), weights=weights, accelerator="cpu"))
+        losses[weights] = capsys.readouterr().out.split("loss")[1].split()[0]
+    assert len(set(losses.values())) == 1, losses
+
+
+@pytest.mark.parametrize("recipe", ["ste", "slope", "maskllm"])
+def test_4_of_8_trains_and_is_evaluated_but_not_packed(tiny, capsys, recipe):
+    cfg = tiny(recipe, recipe__pattern="4:8", recipe__adapter__start=0.5)
+    run_dir = train.run(cfg)
+    losses = [float(row["train/loss"]) for row in metrics(run_dir)]
+    assert losses[8] < losses[0]
+    mask = final_state(run_dir)["state_dict"][f"{UP}.mask"]
+    assert (mask.view(-1, 8).sum(-1) == 4).all()
+    evaluate.run(EvaluateConfig(str(run_dir), accelerator="cpu"))
+    assert "4:8 sparse in 4 layers" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match="weights: found packed, for a checkpoint that is 4:8 sparse; allowed: auto, den"
+    ):
+        evaluate.run(EvaluateConfig(str(run_dir), weights="packed", accelerator="cpu"))
+
+
 # --- resuming ---
 
 
@@ -299,17 +327,12 @@ def test_two_ranks_resume_in_the_middle_of_measuring_inputs(tiny, tmp_path):
 
 def _rank(rank: int, folder: str) -> None:
     """What one of two ranks does: its half of the inputs, three steps, and its masks to a file."""
-    from torch import distributed
-
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.save(_masks(rank), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
 def _masks(rank: int | None) -> list[torch.Tensor]:
-    from sparse_pretrain.config import RecipeConfig, ScheduleConfig
-    from sparse_pretrain.sparsity import SparseTraining, sparsify
-
     collected = []
     for projection in ("metric", "learned", "static_random"):
         torch.manual_seed(0)
