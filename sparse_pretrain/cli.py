@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sparse_pretrain import config, preflight
+from sparse_pretrain import config, crosscheck
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.paths import config_dir
 
@@ -188,7 +188,7 @@ def _preflight(name: str, options: list[str]) -> list[Any]:
                 raise _explain(error, schema, job) from error
             cfg: Any = config.load(schema, _plain(composed))
             if isinstance(cfg, config.TrainConfig):
-                preflight.check(cfg)
+                crosscheck.check(cfg)
             jobs.append(cfg)
     return jobs
 

@@ -134,7 +134,9 @@ class RecipeConfig:
     input_gradient: str = "same"
     weight_gradient: str = "dense"
     train_weights: bool = True  # false = from the first sparse step on only adapters and mask logits are trained
-    frozen_preconditioner: bool = False  # STEP: in the sparse phase Adam divides by the second moment it ended dense with
+    frozen_preconditioner: bool = (
+        False  # STEP: when sparse Adam divides by the second moment it ended dense with
+    )
     fp8: bool = False  # products of e4m3 (forward) and e5m2 (gradients) values, one scale a tensor; weights stay fp32
     decay: DecayConfig = field(default_factory=DecayConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -341,7 +343,7 @@ def _convert(hint: Any, value: Any, option: str) -> Any:
         raise UserError(option, "nothing", "a value; this option has no default")
     if get_origin(hint) in (Union, types.UnionType):
         inner, other = get_args(hint)  # a type, and None or a Literal
-        if value is None and other is type(None) or value in get_args(other):
+        if (value is None and other is type(None)) or value in get_args(other):
             return value
         if isinstance(value, str) and get_args(other):
             raise UserError(option, value, ["a number", *get_args(other)])

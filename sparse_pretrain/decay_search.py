@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from sparse_pretrain import preflight, runs
+from sparse_pretrain import crosscheck, preflight, runs
 from sparse_pretrain.config import DecaySearchConfig, TrainConfig, to_dict
 from sparse_pretrain.factor_search import search
 from sparse_pretrain.train import run as train
@@ -24,7 +24,7 @@ def run(cfg: DecaySearchConfig) -> Path:
     Raises:
         UserError, Interrupted: as `factor_search.search`.
     """
-    preflight.check(cfg)
+    crosscheck.check(cfg)
     values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(TrainConfig)}
     values["trainer"] = dataclasses.replace(cfg.trainer, stop_after=None)
     run_cfg = with_factor(with_absolute_paths(TrainConfig(**values)), "auto")

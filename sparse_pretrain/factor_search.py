@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_pretrain import preflight, runs
+from sparse_pretrain import crosscheck, preflight, runs
 from sparse_pretrain.config import LoggerConfig, SearchConfig, TeacherConfig, TrainConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.interrupt import before_the_first_step
@@ -44,7 +44,7 @@ def search(
     """
     from sparse_pretrain.data.token_store import prepare
 
-    step = preflight.sample_step(cfg, settings)
+    step = crosscheck.sample_step(cfg, settings)
     todo = sorted(set(settings.factors))
     most = len(todo) + (settings.refine if len(todo) > 1 else 0)
     _announce(cfg, step, len(todo), most)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 def hash_seed(*values: int) -> int:
-    """A 63-bit seed for several integers, as (seed, step, rank): SplitMix64's finaliser (Steele et al. 2014) over each in turn."""
+    """A 63-bit seed for several integers, as (seed, step, rank): SplitMix64's finaliser (Steele et al. 2014) over each
+    in turn."""
     mixed = 0
     for value in values:
         mixed = (mixed + value + 0x9E3779B97F4A7C15) & (2**64 - 1)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_pretrain import preflight, runs
+from sparse_pretrain import crosscheck, preflight, runs
 from sparse_pretrain.config import SearchConfig, TrainConfig
 from sparse_pretrain.interrupt import before_the_first_step
 
@@ -22,7 +22,7 @@ def run(cfg: TrainConfig, overrides: Sequence[str] = ()) -> Path:
         UserError: something about config, data, device, disk or checkpoint does not fit; nothing has been lost.
         Interrupted: a signal ended the run; its checkpoint is saved.
     """
-    preflight.check(cfg)
+    crosscheck.check(cfg)
     cfg = with_absolute_paths(cfg)
     run_dir = runs.resolve_run_dir(cfg)
     if runs.is_complete(run_dir) and cfg.resume != "never":

@@ -5,7 +5,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from sparse_pretrain import cli, config, preflight, runs
+from sparse_pretrain import cli, config, crosscheck, runs
 from sparse_pretrain.config import TrainConfig
 from sparse_pretrain.paths import config_dir
 from sparse_pretrain.sparsity import load_recipe
@@ -23,7 +23,7 @@ def composed(*overrides) -> TrainConfig:
 def test_every_choice_makes_a_valid_run(group, choice):
     extra = {"text": ["data.train=[x]"], "draft": ["recipe.teacher.models=[x]"]}.get(choice, [])
     cfg = composed(f"{group}={choice}", *extra)
-    preflight.check(cfg)
+    crosscheck.check(cfg)
     if group in ("model", "data", "recipe"):
         assert getattr(cfg, group).name == choice
 

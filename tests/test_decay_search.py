@@ -9,7 +9,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
-from sparse_pretrain import cli, config, decay_search, factor_search, preflight, runs, train
+from sparse_pretrain import cli, config, crosscheck, decay_search, factor_search, runs, train
 from sparse_pretrain.config import DecaySearchConfig, SearchConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.interrupt import Interrupted
@@ -93,7 +93,7 @@ def test_the_short_runs_share_their_start_and_differ_in_decay_alone(tiny):
     different = {key for key, value in runs.identity(first).items() if value != runs.identity(dense)[key]}
     assert {key.rpartition(".")[0] for key in different} == {"recipe.decay", "recipe.schedule"}
     for short in (dense, first, second):
-        preflight.check(short)
+        crosscheck.check(short)
         train.run(short)
     firsts = [metrics(folder / name)[0] for name in ("dense", "factor-0.0001", "factor-0.001")]
     assert [row["phase"] for row in firsts] == ["dense warm-up", "sparse", "sparse"]
@@ -280,7 +280,7 @@ def test_the_sample_step(tiny, warmup, every, given, expected):
     cfg = tiny(
         "fst", trainer__steps=32, scheduler__warmup_steps=warmup, recipe__schedule__refresh_every=every
     )  # 27 steps are sparse
-    assert preflight.sample_step(cfg, SearchConfig(sample_step=given)) == expected
+    assert crosscheck.sample_step(cfg, SearchConfig(sample_step=given)) == expected
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_the_sample_step(tiny, warmup, every, given, expected):
 )  # fmt: skip
 def test_what_cannot_be_searched(tiny, recipe, changes, settings, expected):
     with pytest.raises(UserError, match=expected):
-        preflight.check(search_config(tiny(recipe, **{**SHORT, **changes}), **settings))
+        crosscheck.check(search_config(tiny(recipe, **{**SHORT, **changes}), **settings))
 
 
 @pytest.mark.parametrize("recipe", ["dense", "slope", "ste"])

@@ -24,8 +24,8 @@ def count_model(
     model: nn.Module, cfg: ModelConfig, seq_len: int, mask_logits: Collection[nn.Parameter] = ()
 ) -> ModelCount:
     """6 FLOP per weight of a matrix product and token (2 forward, 4 backward), plus 12 · n_layer · d_model · seq_len
-    for attention (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B). Mask logits are trained beside the model and are
-    none of its parameters."""
+    for attention (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B). Mask logits are trained beside the model
+    and are none of its parameters."""
     parameters = sum(p.numel() for p in model.parameters() if p not in mask_logits)
     # By shape, not by type: a layer may have been swapped for a sparse one. A tied head counts as the product it is.
     matmul_weights = sum(

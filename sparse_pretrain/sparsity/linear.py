@@ -28,10 +28,11 @@ class SparseLinear(nn.Module):
     kept from one `project` to the next: once per optimizer step, whatever the number of micro-batches. It is held as
     `plan` says, a dense tensor or packed, in `product_dtype`.
 
-    Other buffers, each there only where the recipe asks for it: `input_mask`, the mask of the weight in dX = dY W, for
-    `input_gradient=double_pruned` (SLoPe); `input_square`, per input the sum of squares since the last refresh, for
-    `projection=metric` (Wanda), to which SparseTraining adds `step_square`, that of the step being made; `scale`, β of
-    `projection=soft_threshold` (S-STE: Ŵ = β·S(W)), computed here, from the weight as it is now, and kept from then on.
+    Other buffers, each there only where the recipe asks for it: `input_mask`, for `input_gradient=double_pruned`
+    (SLoPe), what dX = dY W keeps of Ŵ: 2:4 along out_features, zeros of Ŵ where there are too few others;
+    `input_square`, per input the sum of squares since the last refresh, for `projection=metric` (Wanda), to which
+    SparseTraining adds `step_square`, that of the step being made; `scale`, β of `projection=soft_threshold` (S-STE:
+    Ŵ = β·S(W)), computed here, from the weight as it is now, and kept from then on.
 
     Args:
         dense: the layer to replace: an `nn.Linear`, or a Hugging Face `Conv1D` (its weight is (in, out)).
@@ -131,7 +132,6 @@ class SparseLinear(nn.Module):
         if self.input_mask is not None:
             input_mask = self.out_by_in(self.input_mask)
             ops.refresh_mask_((weight * mask).t(), input_mask.t(), "magnitude", self.pattern)
-            input_mask.logical_and_(mask)  # of a group with fewer non-zeros than fit it had kept zeros
         return flips
 
     def _input_norm(self, square: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class SparseLinear(nn.Module):
         input_mask = mask if self.input_mask is None else self.out_by_in(self.input_mask)
         if self.fp8:
             dense = ops.sparse_weight(weight, mask, scale, torch.float32)
-            other = None if self.input_gradient == "same" else self._weight_of_dx(weight, input_mask).float()
+            other = None if self.input_gradient == "same" else self._weight_of_dx(weight, mask, input_mask).float()
             self._hold(fp8_weight(dense, self.plan.forward, other))
             return
         if self.plan.forward == self.plan.input_gradient == "dense":
@@ -158,7 +158,7 @@ class SparseLinear(nn.Module):
                     self.input_weight = torch.empty_like(self.sparse_weight)
             ops.sparse_weight(weight, mask, scale, out=self.sparse_weight)
             if self.input_weight is not None:
-                self.input_weight.copy_(self._weight_of_dx(weight, input_mask))
+                self.input_weight.copy_(self._weight_of_dx(weight, mask, input_mask))
             return
         self.sparse_weight = self.input_weight = None
         forward, _ = split_choice(self.plan.forward)
@@ -171,7 +171,8 @@ class SparseLinear(nn.Module):
             operand, operand_t = forward.pack_weight(weight, mask, scale, dtype, forward=True, transpose=True)
         else:
             operand, _ = forward.pack_weight(weight, mask, scale, dtype, forward=True, transpose=False)
-            _, operand_t = transpose.pack_weight(weight, input_mask, scale, dtype, forward=False, transpose=True)
+            source = weight if input_mask is mask else weight * mask
+            _, operand_t = transpose.pack_weight(source, input_mask, scale, dtype, forward=False, transpose=True)
         self._hold(
             SparseWeight(
                 Operand(self.plan.forward, operand),
@@ -180,8 +181,8 @@ class SparseLinear(nn.Module):
             )
         )
 
-    def _weight_of_dx(self, weight: Tensor, input_mask: Tensor) -> Tensor:
-        return weight if self.input_gradient == "dense" else weight * input_mask
+    def _weight_of_dx(self, weight: Tensor, mask: Tensor, input_mask: Tensor) -> Tensor:
+        return weight if self.input_gradient == "dense" else weight * mask * input_mask
 
     def _hold(self, packed: SparseWeight) -> None:
         """Go on with this Ŵ, in the memory of the one before, where a captured CUDA graph will look for it."""

@@ -21,7 +21,7 @@ def choose_plans(
     backend: str = "auto",
     cache: Path | None = None,
 ) -> tuple[dict[str, Plan], str]:
-    """A plan for every sparse layer of `model`, by name (dense products where the pattern is not 2:4 or is learned), and
+    """A plan for every sparse layer of `model`, by name (dense products where it is not 2:4 or is learned), and
     the measurements as a table (empty if there were none).
 
     Args:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from sparse24.reference import magnitude_mask
 
-from sparse_pretrain import preflight
+from sparse_pretrain import crosscheck
 from sparse_pretrain.config import ModelConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.models.blocks import FeedForward
@@ -63,11 +63,11 @@ def test_compiled_it_is_the_same():
 def test_it_needs_squared_relu(tiny, activation):
     cfg = tiny(model__activation=activation, model__activation_sparsity="2:4")
     with pytest.raises(UserError, match=f"model.activation_sparsity: found 2:4 with model.activation={activation}"):
-        preflight.check(cfg)
+        crosscheck.check(cfg)
 
 
 def test_it_needs_whole_groups_of_four(tiny):
     cfg = tiny("dense", model__activation="relu2", model__activation_sparsity="2:4", model__d_ff=66)
     with pytest.raises(UserError, match=r"model.d_ff: found 66; allowed: a multiple of 4"):
-        preflight.check(cfg)
-    preflight.check(replace(cfg, model=replace(cfg.model, d_ff=68)))
+        crosscheck.check(cfg)
+    crosscheck.check(replace(cfg, model=replace(cfg.model, d_ff=68)))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_pretrain import preflight, runs, train
+from sparse_pretrain import crosscheck, runs, train
 from sparse_pretrain.checkpoint import store
 from sparse_pretrain.config import TeacherConfig
 from sparse_pretrain.errors import UserError
@@ -527,7 +527,7 @@ def test_logits_that_cannot_be_written(keeping, tmp_path):
 def test_combinations_that_cannot_work(tiny, recipe, changes, expected):
     cfg = tiny(recipe, **{f"recipe__teacher__{name}": value for name, value in changes.items()})
     with pytest.raises(UserError) as error:
-        preflight.check(cfg)
+        crosscheck.check(cfg)
     assert expected in str(error.value)
 
 

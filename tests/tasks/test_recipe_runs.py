@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from sparse24 import backends, dispatch, ops
+from sparse24.dispatch import Plan
 from torch import distributed, nn
 
 from sparse_pretrain import evaluate, runs, train
@@ -13,10 +15,12 @@ from sparse_pretrain.checkpoint import store
 from sparse_pretrain.config import EvaluateConfig, RecipeConfig, ScheduleConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.evaluation.perplexity import total_loss
+from sparse_pretrain.optim import adamw
 from sparse_pretrain.sparsity import SparseLinear, SparseTraining, sparsify
 from sparse_pretrain.sparsity.schedule import DENSE_WARMUP, SPARSE
 from sparse_pretrain.tasks.causal_lm import build_model
 from sparse_pretrain.tasks.trained import load_trained
+from tests.tasks.test_products import Pretend
 from tests.tasks.test_training import assert_same_run, final_state, metrics
 
 UP = "model.blocks.0.ffn.up"
@@ -212,6 +216,72 @@ def test_4_of_8_trains_and_is_evaluated_but_not_packed(tiny, capsys, recipe):
         UserError, match="weights: found packed, for a checkpoint that is 4:8 sparse; allowed: auto, den"
     ):
         evaluate.run(EvaluateConfig(str(run_dir), weights="packed", accelerator="cpu"))
+
+
+# --- products and kernels ---
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    known = {**backends.BACKENDS, "gluon": Pretend()}
+    monkeypatch.setattr(backends, "BACKENDS", known)
+    monkeypatch.setattr(dispatch, "BACKENDS", known)
+
+
+@pytest.mark.parametrize("plan", [("gluon:a", "gluon:b"), ("gluon:a", "dense"), ("dense", "gluon:b")], ids=str)
+@pytest.mark.parametrize("input_gradient", ["double_pruned", "dense"])
+@pytest.mark.parametrize("projection", ["magnitude", "static", "metric"])
+def test_packed_weights_of_two_masks(pretend, plan, input_gradient, projection):
+    """A forward operand and one for dX that differ, packed or not: the same numbers, in the same memory from then on."""
+    if input_gradient == "dense" and plan[1] != "dense":
+        pytest.skip("the dense master weight has a dense product")
+    torch.manual_seed(0)
+    layer = SparseLinear(nn.Linear(32, 16), RecipeConfig("test", projection, input_gradient=input_gradient))
+    layer.plan = Plan(*plan)
+    pointers = set()
+    for _ in range(3):
+        with torch.no_grad():
+            layer.weight.add_(torch.randn(16, 32), alpha=0.1)
+        layer.refresh()
+        layer.project()
+        weight = layer.weight.detach()
+        x, dy = torch.randn(4, 32, requires_grad=True), torch.randn(4, 16)
+        y = layer(x)
+        y.backward(dy)
+        torch.testing.assert_close(y, torch.nn.functional.linear(x, weight * layer.mask, layer.bias))
+        of_dx = weight if input_gradient == "dense" else weight * layer.mask * layer.input_mask
+        torch.testing.assert_close(x.grad, dy @ of_dx)
+        held = [*layer.packed.forward.tensors, *layer.packed.input_gradient.tensors]
+        pointers.add(tuple(tensor.data_ptr() for tensor in held))
+    assert len(pointers) == 1
+
+
+@pytest.mark.parametrize(("recipe", "changes"), [("slope", SLOPE), ("ast", METRIC), ("maskllm", MASKLLM)])
+def test_packed_weights_train_as_dense_ones(tiny, pretend, recipe, changes):
+    expected = metrics(train.run(tiny(recipe, "dense", **changes)))
+    run_dir = train.run(tiny(recipe, "packed", trainer__backend="gluon", **changes))
+    for a, b in zip(expected, metrics(run_dir), strict=True):
+        assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), abs=2e-3)
+    plans = runs.read_json(run_dir / runs.RUN_FILE)["sparse_products"]["plans"].values()
+    assert all((plan[0] == "dense") == (recipe == "maskllm") for plan in plans)
+
+
+@pytest.mark.parametrize(("recipe", "changes"), [("slope", SLOPE), ("ast", {**AST, **METRIC}), ("step", STEP)])
+def test_the_gpu_kernels_train_the_same(tiny, monkeypatch, recipe, changes):
+    """Masks of transposed views, decay outside the first moment, a frozen second one: in Triton's interpreter."""
+    pytest.importorskip("triton")
+    changes = {**changes, "trainer__steps": 8, "trainer__eval_every": 8, "model__n_layer": 1}
+    expected = train.run(tiny(recipe, "reference", **changes))
+    monkeypatch.setattr(ops, "use_kernels", lambda tensor: True)
+    monkeypatch.setattr(adamw, "use_kernels", lambda tensor: True)
+    found = train.run(tiny(recipe, "kernels", **changes))
+    for a, b in zip(metrics(expected), metrics(found), strict=True):
+        assert a["phase"] == b["phase"]
+        assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), rel=1e-4)
+    a, b = final_state(expected)["state_dict"], final_state(found)["state_dict"]
+    for name in a:
+        if name.endswith("mask"):
+            assert (a[name] == b[name]).float().mean() > 0.97, name
 
 
 # --- resuming ---
