@@ -105,6 +105,12 @@ def _check_recipe(cfg: TrainConfig) -> None:
         raise UserError(
             "recipe.train_weights", "false, with nothing else to train", "true, or an adapter, or projection=learned"
         )
+    if not recipe.train_weights and schedule.dense_finetune:
+        raise UserError(
+            "recipe.schedule.dense_finetune",
+            f"{schedule.dense_finetune:g} with recipe.train_weights=false",
+            "0: there is nothing to train in a dense end",
+        )
     for option, pair in (
         ("recipe.learned.temperature", recipe.learned.temperature),
         ("recipe.learned.scale", recipe.learned.scale),
@@ -159,6 +165,7 @@ def _check_projection(recipe: RecipeConfig) -> None:
         ("weight_gradient", recipe.weight_gradient, "dense" if learned else None),
         ("decay.place", recipe.decay.place, "none" if learned else None),
         ("fp8", str(recipe.fp8).lower(), "false" if learned else None),
+        ("schedule.refresh_every", str(recipe.schedule.refresh_every), "1" if learned else None),
         ("schedule.track_dense", str(recipe.schedule.track_dense).lower(), "false" if learned else None),
     ):
         if only is not None and found != only:

@@ -128,7 +128,7 @@ def adamw_step(
                 f"found {scalar.dtype} of {tuple(scalar.shape)} on {scalar.device}"
             )
     beta1, beta2 = betas
-    place = decay_place if decay_factor else "none"
+    place = decay_place if decay_factor or decay_place == "momentum" else "none"
     launches = (table or TensorTable()).launches((params, grads, exp_avgs, exp_avg_sqs), steps, masks)
     with torch.cuda.device_of(params[0]):
         for dtypes, aligned, addresses, owners in launches:

@@ -32,7 +32,8 @@ class MaskedDecay:
 
     @property
     def place_now(self) -> str:
-        return self.place if self.factor > 0 else "none"
+        """`momentum` is a step of its own, in which the second moment sees u, with a factor of 0 too."""
+        return self.place if self.factor > 0 or self.place == "momentum" else "none"
 
     def term(self, weight: Tensor, mask: Tensor) -> Tensor:
         """λ·(1−M)⊙W, in the weight's dtype."""

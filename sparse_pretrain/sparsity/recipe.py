@@ -69,7 +69,7 @@ class SparseTraining:
         self.adapted = {name: model.get_submodule(name) for name in self.adapters}
         self.recipe = recipe
         self.schedule = PhaseSchedule.from_config(recipe.schedule, total_steps)
-        self.adapter_start = round(recipe.adapter.start * total_steps)
+        self.adapter_start = int(recipe.adapter.start * total_steps + 1e-6)  # a short run too has a last hundredth
         self.seed = seed
         self.decay = MaskedDecay(
             place=recipe.decay.place, masks={layer.weight: layer.mask for layer in self.layers.values()}
@@ -131,11 +131,12 @@ class SparseTraining:
             if layer.learned is not None and sparse:
                 layer.learned.draw(progress, hash_seed(self.seed, index, step))
             layer.project() if sparse else layer.go_dense()
+        self.decay.place = self.recipe.decay.place if sparse else "none"
         self.decay.factor = self._decay_factor(step) if sparse else 0.0
         self.second_moment.frozen = sparse and self.recipe.frozen_preconditioner
 
     def _decay_factor(self, step: int) -> float:
-        """λ·min(t / ramp, 1), t counted from the first sparse step (AST), in which with a ramp there is none."""
+        """λ·min(t / ramp, 1), t counted from the first sparse step (AST), for which it is 0."""
         decay, schedule = self.recipe.decay, self.schedule
         assert not isinstance(decay.factor, str)
         ramp = decay.ramp * (schedule.finetune_start - schedule.warmup_end)
