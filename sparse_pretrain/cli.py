@@ -91,7 +91,8 @@ def execute(name: str, options: list[str]) -> None:
         _compare(options)
         return
     jobs = _preflight(name, options)
-    _run_jobs(name, options, importlib.import_module(f"sparse_pretrain.{file_name(name)}") if jobs else None)
+    command = importlib.import_module(f"sparse_pretrain.{file_name(name)}") if jobs else None
+    _finish(name, command, *_run_jobs(name, options, command))
 
 
 def _compare(options: list[str]) -> None:
@@ -109,12 +110,27 @@ def _compare(options: list[str]) -> None:
         _run_jobs("compare", one_run, None)
         return
     (cfg,) = _preflight("compare", one_run)
-    grid = ["-m", *flags, *request.grid(cfg)]
-    _run_jobs("train", grid, compare.Comparison(cfg, _preflight("train", grid), options))
+    grids = [["-m", *flags, *grid] for grid in request.grids(cfg)]
+    comparison = compare.Comparison(cfg, [job for grid in grids for job in _preflight("train", grid)], options)
+    results: list[Path] = []
+    failures: list[int] = []
+    for grid in grids:
+        ended, failed = _run_jobs("train", grid, comparison)
+        results += ended
+        failures += failed
+    _finish("train", comparison, results, failures)
 
 
-def _run_jobs(name: str, options: list[str], command: Any) -> None:
-    """Have Hydra call `command.run` with the config of each job; with None it prints what was asked for instead."""
+def _finish(name: str, command: Any, results: list[Path], failures: list[int]) -> None:
+    if name == "train" and results:
+        command.finish(results)
+    if failures:
+        sys.exit(failures[0])
+
+
+def _run_jobs(name: str, options: list[str], command: Any) -> tuple[list[Path], list[int]]:
+    """Have Hydra call `command.run` with the config of each job (with None it prints what was asked for instead);
+    returns what it returned, and the exit codes of the jobs that failed."""
     results: list[Path] = []
     failures: list[int] = []
 
@@ -135,10 +151,7 @@ def _run_jobs(name: str, options: list[str], command: Any) -> None:
                 sys.exit(exit_code)  # interrupted: not on to the next job of a grid
 
     _run_hydra(name, options, task)
-    if name == "train" and results:
-        command.finish(results)
-    if failures:
-        sys.exit(failures[0])
+    return results, failures
 
 
 def _run_hydra(name: str, options: list[str], task: Callable[[Any], None]) -> None:

@@ -44,8 +44,9 @@ class Request:
     own: list[str]
     shared: list[str]
 
-    def grid(self, cfg: CompareConfig) -> list[str]:
-        """The options of `train -m` that run it all: every recipe with the first seed, then with the second.
+    def grids(self, cfg: CompareConfig) -> list[list[str]]:
+        """The options of each `train -m` that together run it all: every recipe with the first seed, then with the
+        second. Options of recipes are not for dense, which then has a grid of its own.
 
         Raises:
             UserError: there is no seed.
@@ -57,7 +58,12 @@ class Request:
             print(f"recipe={DENSE} is added: it is what the others are compared with", flush=True)
         recipes = [DENSE, *(recipe for recipe in dict.fromkeys(recipes) if recipe != DENSE)]
         seeds = [str(seed) for seed in dict.fromkeys(cfg.seeds)]
-        return [f"seed={','.join(seeds)}", f"recipe={','.join(recipes)}", *self.shared]
+        grid = [f"seed={','.join(seeds)}"]
+        if not any(override.startswith("recipe.") for override in self.shared):
+            return [[*grid, f"recipe={','.join(recipes)}", *self.shared]]
+        others = [override for override in self.shared if not override.startswith("recipe.")]
+        dense, sparse = [*grid, f"recipe={DENSE}", *others], [*grid, f"recipe={','.join(recipes[1:])}", *self.shared]
+        return [dense, sparse] if recipes[1:] else [dense]
 
     def one_run(self) -> list[str]:
         """The overrides of CompareConfig, with the first of the recipes."""

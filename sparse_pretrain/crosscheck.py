@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 from sparse_pretrain.config import (
+    AdapterConfig,
     DecaySearchConfig,
+    LearnedConfig,
     ModelConfig,
     RecipeConfig,
     SearchConfig,
@@ -37,6 +39,14 @@ def check(cfg: TrainConfig) -> None:
         raise UserError("optimizer.betas", cfg.optimizer.betas, "two numbers, each at least 0 and below 1")
     if cfg.scheduler.warmup_steps > trainer.steps:
         raise UserError("scheduler.warmup_steps", cfg.scheduler.warmup_steps, f"at most trainer.steps={trainer.steps}")
+    if cfg.optimizer.momentum == 1:
+        raise UserError("optimizer.momentum", "1, with which nothing would ever move", "below 1")
+    if cfg.resume not in ("auto", "never"):
+        for option, start in (("init_from", cfg.init_from), ("recipe.adapter.path", cfg.recipe.adapter.path)):
+            if start is not None:
+                raise UserError(
+                    option, f"{start} with resume={cfg.resume}, which brings its own weights", "one of them"
+                )
     _check_recipe(cfg)
     _check_teacher(cfg)
     _check_batch(trainer)
@@ -90,17 +100,28 @@ def _check_recipe(cfg: TrainConfig) -> None:
         )
     if (decay.factor == "auto" or decay.factor > 0) and decay.place == "none":
         raise UserError("recipe.decay.place", "none with a decay factor above 0", CHOICES["recipe.decay.place"][1:])
+    pattern = parse_pattern(recipe.pattern)
+    if pattern is None or pattern[1] > 16:
+        raise UserError(
+            "recipe.pattern",
+            recipe.pattern,
+            "N:M with 0 < N < M <= 16, as 2:4 or 4:8",
+            hint='In YAML with quotes, as pattern: "2:4": without them it is a number of base 60',
+        )
+    if decay.ramp and decay.place == "none":
+        raise UserError("recipe.decay.ramp", f"{decay.ramp:g} with recipe.decay.place=none", "0, or a place")
+    if recipe.projection != "learned" and _changed(recipe.learned, LearnedConfig()):
+        option = _changed(recipe.learned, LearnedConfig())[0]
+        raise UserError(
+            f"recipe.learned.{option}",
+            f"set with recipe.projection={recipe.projection}",
+            "this only with recipe.projection=learned",
+        )
     if recipe.projection == "none":
         _check_dense(recipe)
     else:
         _check_projection(recipe)
-    inits = {"none": CHOICES["recipe.adapter.init"], "lora": ["kaiming", "normal"], "slorb": ["mean", "sum"]}
-    if adapter.init is not None and adapter.init not in inits[adapter.kind]:
-        raise UserError(
-            "recipe.adapter.init", f"{adapter.init} with recipe.adapter.kind={adapter.kind}", inits[adapter.kind]
-        )
-    if adapter.path is not None and adapter.kind == "none":
-        raise UserError("recipe.adapter.path", adapter.path, "null where recipe.adapter.kind=none")
+    _check_adapter(adapter)
     if not recipe.train_weights and adapter.kind == "none" and recipe.projection != "learned":
         raise UserError(
             "recipe.train_weights", "false, with nothing else to train", "true, or an adapter, or projection=learned"
@@ -128,6 +149,26 @@ def _check_recipe(cfg: TrainConfig) -> None:
             )
 
 
+def _check_adapter(adapter: AdapterConfig) -> None:
+    if adapter.kind == "none":
+        unused = _changed(adapter, AdapterConfig())
+        if unused:
+            raise UserError(
+                f"recipe.adapter.{unused[0]}", "set where recipe.adapter.kind=none", "this only with an adapter"
+            )
+        return
+    inits = {"lora": ["kaiming", "normal"], "slorb": ["mean", "sum"]}[adapter.kind]
+    if adapter.init is not None and adapter.init not in inits:
+        raise UserError("recipe.adapter.init", f"{adapter.init} with recipe.adapter.kind={adapter.kind}", inits)
+    if adapter.start == 1:
+        raise UserError("recipe.adapter.start", "1, after the last step", "a share of the run below 1")
+
+
+def _changed(options: object, default: object) -> list[str]:
+    """The names of the options that are not what they are by default."""
+    return [name for name, value in vars(default).items() if getattr(options, name) != value]
+
+
 def _check_dense(recipe: RecipeConfig) -> None:
     adapted = recipe.adapter.kind != "none"
     for option, used in (
@@ -147,8 +188,7 @@ def _check_dense(recipe: RecipeConfig) -> None:
 def _check_projection(recipe: RecipeConfig) -> None:
     """Which parts go with which projection."""
     projection, pattern = recipe.projection, parse_pattern(recipe.pattern)
-    if pattern is None or pattern[1] > 16:
-        raise UserError("recipe.pattern", recipe.pattern, "N:M with 0 < N < M <= 16, as 2:4 or 4:8")
+    assert pattern is not None
     if pattern != (2, 4):
         for option, used in (
             ("recipe.projection", projection in ("transposable", "soft_threshold")),
@@ -187,8 +227,8 @@ def _check_projection(recipe: RecipeConfig) -> None:
 def _check_teacher(cfg: TrainConfig) -> None:
     teacher, itself = cfg.recipe.teacher, "self" in cfg.recipe.teacher.models
     if not teacher.models and teacher != TeacherConfig():
-        options = [name for name, value in vars(TeacherConfig()).items() if getattr(teacher, name) != value]
-        raise UserError("recipe.teacher.models", f"none, with recipe.teacher.{options[0]} set", "at least one teacher")
+        option = _changed(teacher, TeacherConfig())[0]
+        raise UserError("recipe.teacher.models", f"none, with recipe.teacher.{option} set", "at least one teacher")
     if teacher.token_share < 1 and teacher.reference is None:
         raise UserError(
             "recipe.teacher.reference",

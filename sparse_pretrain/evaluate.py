@@ -21,6 +21,7 @@ from sparse_pretrain.errors import UserError
 from sparse_pretrain.evaluation.acceptance import tokens_per_pass, total_acceptance
 from sparse_pretrain.evaluation.perplexity import total_loss
 from sparse_pretrain.hardware import pick_device, precision_dtype
+from sparse_pretrain.sparsity.adapters import adapters_of
 from sparse_pretrain.sparsity.linear import SparseLinear
 from sparse_pretrain.sparsity.packed import pack_model
 from sparse_pretrain.sparsity.swap import densify
@@ -104,12 +105,16 @@ def represent(model: nn.Module, weights: str) -> str:
         )
     if weights == "packed" and pattern != "2:4":
         raise UserError("weights", f"packed, for a checkpoint that is {pattern} sparse", ["auto", "dense", "sparse"])
+    adapted = sum(adapter.active for adapter in adapters_of(model).values())
+    beside = f", {adapted} adapters beside them" if adapted else ""
     if weights == "packed":
-        return f"packed: values and 2-bit metadata in {pack_model(model)} layers"
+        return f"packed: values and 2-bit metadata in {pack_model(model)} layers{beside}"
     if weights == "dense":
         densify(model)
-        return f"dense, with {pattern} zeros in {sparse} layers" if sparse else "dense"
-    return f"{pattern} sparse in {sparse} layers" if sparse else "dense"
+        if sparse and adapted:
+            return f"dense, adapters merged into the {pattern} weights of {sparse} layers"
+        return f"dense, with {pattern} zeros in {sparse} layers" if sparse else f"dense{beside}"
+    return f"{pattern} sparse in {sparse} layers{beside}" if sparse else f"dense{beside}"
 
 
 def evaluation_tokens(cfg: EvaluateConfig, trained: Trained) -> tuple[np.ndarray, str]:

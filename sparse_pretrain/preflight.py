@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from sparse_pretrain.data.token_store import TokenStore
     from sparse_pretrain.tasks.teacher import TeacherFolder
 
-# Options of a recipe that decide which parameters and buffers a model has.
-_LAYER_OPTIONS = (
+# Options that decide which parameters, buffers and optimizer state a checkpoint holds.
+_STATE_OPTIONS = (
+    "optimizer.name",
     *("recipe.projection", "recipe.pattern", "recipe.input_gradient", "recipe.include", "recipe.exclude"),
     *("recipe.adapter.kind", "recipe.adapter.rank", "recipe.adapter.group", "recipe.adapter.train_groups"),
 )
@@ -71,7 +72,11 @@ def check_resume(cfg: TrainConfig) -> Path:
 
     checkpoint = store.resolve(Path(cfg.resume), option="resume")
     source = checkpoint.parent.parent
-    _check_same_model(cfg, source, "resume", _LAYER_OPTIONS)
+    _check_same_model(cfg, source, "resume", _STATE_OPTIONS)
+    if runs.read_config(source).recipe.frozen_preconditioner and not cfg.recipe.frozen_preconditioner:
+        raise UserError(
+            "recipe.frozen_preconditioner", "false, for a checkpoint whose second moment may be frozen", ["true"]
+        )
     if store.step_of(checkpoint) >= cfg.trainer.steps:
         raise UserError(
             "trainer.steps",
@@ -95,18 +100,37 @@ def check_init(cfg: TrainConfig) -> Path:
     return source
 
 
-def _check_same_model(cfg: TrainConfig, source: Path, option: str, recipe_options: tuple[str, ...] = ()) -> None:
-    """Raises UserError naming `option` if the run in `source` has another model, or other ones of these options."""
+def _check_same_model(cfg: TrainConfig, source: Path, option: str, options: tuple[str, ...] = ()) -> None:
+    """Raises UserError naming `option` if the run in `source` has another model, or others of `options`."""
     there = flatten(to_dict(runs.read_config(source)))
     here = flatten(to_dict(cfg))
     for name in here:
         shapes = name.startswith("model.") and name not in ("model.name", "model.activation_checkpointing")
-        if (shapes or name in recipe_options) and there.get(name) != here[name]:
+        if (shapes or name in options) and there.get(name) != here[name]:
             raise UserError(
                 option,
                 f"a checkpoint of another model: {name}={there.get(name)} there, {here[name]} here",
-                "a checkpoint of the same model" + (" and sparse layers" if recipe_options else ""),
+                "a checkpoint of the same model" + (", sparse layers and optimizer" if options else ""),
             )
+
+
+def check_adapter(cfg: TrainConfig) -> None:
+    """Raises UserError if the file that `recipe.adapter.path` names does not hold adapters for this run's layers."""
+    import torch
+
+    from sparse_pretrain.sparsity.adapters import attach, make_adapter, read_adapters
+    from sparse_pretrain.sparsity.swap import select_layers
+    from sparse_pretrain.tasks.causal_lm import build_model
+
+    if cfg.recipe.adapter.path is None:
+        return
+    with torch.device("meta"):
+        model = build_model(cfg, vocab_size=cfg.model.vocab_size or 64)
+        for row in select_layers(model, cfg.recipe):
+            if row.adapted:
+                adapter = make_adapter(cfg.recipe.adapter, row.in_features, row.out_features)
+                attach(model.get_submodule(row.name), adapter)
+    read_adapters(model, cfg.recipe.adapter.path)
 
 
 def check_teacher(cfg: TrainConfig, run_dir: Path) -> dict[str, TeacherFolder]:

@@ -33,6 +33,7 @@ def run(cfg: TrainConfig, overrides: Sequence[str] = ()) -> Path:
         preflight.check_device(cfg)
         preflight.check_logger(cfg)
         preflight.check_layers(cfg)
+        preflight.check_adapter(cfg)
         from sparse_pretrain.checkpoint import store
         from sparse_pretrain.data.token_store import prepare
 

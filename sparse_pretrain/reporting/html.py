@@ -193,7 +193,7 @@ def _layers(run: RunData, name: str) -> str:
     rows = "".join(
         f"<tr><td><code>{escape(row['name'])}</code></td>"
         f'<td class="right">{row["out_features"]} &times; {row["in_features"]}</td>'
-        f"<td>{escape(_kind(row))}</td>"
+        f"<td>{escape(_kind(row, run.config.recipe.pattern))}</td>"
         f'<td class="right">{rate(flips[row["name"]]) if row["name"] in flips else ""}</td></tr>\n'
         for row in run.facts["layers"]
     )
@@ -202,13 +202,14 @@ def _layers(run: RunData, name: str) -> str:
         '<th>layer</th><th class="right">shape (out &times; in)</th><th>weights</th>'
         '<th class="right">last flip rate</th>'
     )
-    title = f"Layers of {escape(name)}: {sparse} of {len(run.facts['layers'])} linear layers 2:4"
+    pattern = run.config.recipe.pattern
+    title = f"Layers of {escape(name)}: {sparse} of {len(run.facts['layers'])} linear layers {pattern}"
     return f"<details><summary>{title}</summary>\n{_grid(head, rows)}</details>"
 
 
-def _kind(row: dict[str, object]) -> str:
+def _kind(row: dict[str, object], pattern: str) -> str:
     if row["sparse"]:
-        return "2:4"
+        return pattern
     return f"dense (skipped: {row['skipped']})" if row["skipped"] else "dense"
 
 

@@ -15,7 +15,7 @@ from sparse_pretrain.reporting.run_data import (
 )
 
 WIDTH = 100  # columns of the terminal that the text table fits into
-HEADER = ("run", "val loss", "perplexity", "vs dense", "tokens/s", "x dense", "flip rate", "2:4", "time")
+HEADER = ("run", "val loss", "perplexity", "vs dense", "tokens/s", "x dense", "flip rate", "sparse", "time")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _notes(runs: Sequence[RunData], names: Sequence[str]) -> list[str]:
         notes.append("vs dense: change of the validation loss; lower is better.")
     if sparse:
         notes.append("flip rate: share of mask entries changed by the last refresh / steps between refreshes.")
-        notes.append("2:4: share of all parameters in 2:4 layers.")
+        notes.append("sparse: share of all parameters in 2:4 (or other N:M) layers.")
     ends_dense = [
         name
         for name, run in zip(names, runs, strict=True)

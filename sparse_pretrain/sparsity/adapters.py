@@ -318,11 +318,22 @@ def save_adapters(model: nn.Module, path: str | Path) -> None:
 
 @torch.no_grad()
 def load_adapters(model: nn.Module, path: str | Path) -> None:
-    """Set the adapters of `model` to those that `save_adapters` wrote. The model has adapters already, of the same
-    kind and options, at the same layers; do not call `start` on them any more.
+    """Set the adapters of `model` to those that `save_adapters` wrote; do not call `start` on them any more.
 
     Raises:
-        UserError: naming recipe.adapter.path, what is wrong with the file, and what would fit. Nothing is changed then.
+        UserError, ValueError: as `read_adapters`. Nothing is changed then.
+    """
+    tensors = read_adapters(model, path)
+    for name, parameter in _parameters(adapters_of(model)).items():
+        parameter.copy_(tensors[name])
+
+
+def read_adapters(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
+    """The parameters in a file of `save_adapters`, by name, for a model that has adapters already, of the same kind
+    and options, at the same layers; it may be on `meta`.
+
+    Raises:
+        UserError: naming recipe.adapter.path, what is wrong with the file, and what would fit.
         ValueError: the model's adapters differ in kind or options, or are merged.
     """
     option = "recipe.adapter.path"
@@ -362,8 +373,7 @@ def load_adapters(model: nn.Module, path: str | Path) -> None:
                 f"{path}, whose {name} is {tuple(tensors[name].shape)}",
                 f"{tuple(parameter.shape)} for this model",
             )
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+    return tensors
 
 
 def _common_options(adapters: Mapping[str, Adapter]) -> dict[str, str]:

@@ -78,7 +78,7 @@ class SparseLinear(nn.Module):
             self.input_square = torch.zeros(self.in_features, device=self.weight.device)
             self.step_square = torch.zeros_like(self.input_square)
         if self.projection == "soft_threshold":
-            self.scale = soft_threshold_scale(self.out_by_in(self.weight.detach()))
+            self.scale = torch.empty((), dtype=torch.float32, device=self.weight.device)
         learned = self.projection == "learned"
         self.learned = LearnedMask(self.out_features, self.in_features, *pattern, recipe.learned) if learned else None
         self.start(seed=0)
@@ -104,8 +104,10 @@ class SparseLinear(nn.Module):
 
     @torch.no_grad()
     def start(self, seed: int) -> None:
-        """Choose what is chosen once, at the first sparse step: static masks, and the prior of learned ones."""
+        """Choose what is chosen once, at the first sparse step: static masks, the prior of learned ones, and β."""
         weight, mask = self.out_by_in(self.weight), self.out_by_in(self.mask)
+        if self.scale is not None:
+            self.scale.copy_(soft_threshold_scale(weight))
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same masks on every device
         if self.projection == "static_random":
             scores = torch.rand(weight.shape, generator=generator) + 1
@@ -214,9 +216,10 @@ class SparseLinear(nn.Module):
             return F.linear(x, weight, self.bias)
         if self.learned is not None and training:
             return F.linear(x, weight * self.learned.soft_mask(), self.bias)
-        if self.input_weight is not None:
-            assert isinstance(sparse_weight, Tensor)
-            sparse_weight = SparseWeight(Operand("dense", [sparse_weight]), Operand("dense", [self.input_weight.t()]))
+        if isinstance(sparse_weight, Tensor):
+            input_weight = [] if self.input_weight is None else [self.input_weight.t()]
+            dense = Operand("dense", [sparse_weight]), Operand("dense", input_weight)
+            sparse_weight = SparseWeight(*dense, self.plan.weight_gradient)
         if self.weight_gradient == "mvue" and self.mvue is None and torch.is_grad_enabled():
             raise RuntimeError("a layer with weight_gradient=mvue trains only under a SparseTraining")
         packed = self.packed is not None and not self.fp8
@@ -263,8 +266,6 @@ class SparseLinear(nn.Module):
             state_dict.update(own)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if from_dense:
-            if self.scale is not None:
-                self.scale.copy_(soft_threshold_scale(self.out_by_in(self.weight.detach())))
             self.start(seed=0)
             self.refresh()
         if self.is_sparse:

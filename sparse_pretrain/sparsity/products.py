@@ -42,7 +42,14 @@ def choose_plans(
         if not isinstance(layer, SparseLinear):
             continue
         if layer.learned is not None or layer.pattern != (2, 4):
-            plans[name] = Plan()  # no product of 2:4 operands
+            if backend not in ("auto", "dense"):
+                pattern = (
+                    "learned masks" if layer.learned is not None else "recipe.pattern={}:{}".format(*layer.pattern)
+                )
+                raise UserError(
+                    "trainer.backend", f"{backend}, which serves 2:4 weights, with {pattern}", ["auto", "dense"]
+                )
+            plans[name] = Plan()
             continue
         shape = LayerShape(
             tokens,

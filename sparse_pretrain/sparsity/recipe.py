@@ -84,7 +84,7 @@ class SparseTraining:
         beside = {*self.own_lr, *(p for adapter in self.adapters.values() for p in adapter.parameters())}
         self._frozen = [] if recipe.train_weights else [p for p in model.parameters() if p not in beside]
         self.step = 0
-        self.started = False
+        self.started = self.adapters_started = False  # the sparse phase, the adapters: once, whatever is resumed
         self.flips: Tensor | None = None  # (layers,) int64: mask entries changed by the last refresh but the first
         self._counter: Tensor | None = None  # (2,) int64: step, first token; read by MVUE in every backward
 
@@ -98,11 +98,12 @@ class SparseTraining:
         self.step = step
         if self.layers:
             self._prepare_layers(step, refresh)
+        active = self._adapters_active(step)
         for name, adapter in self.adapters.items():
-            active = self._adapters_active(step)
-            if refresh and active and not adapter.active and self.recipe.adapter.path is None:
+            if active and not self.adapters_started and self.recipe.adapter.path is None:
                 start_adapter(self.adapted[name], adapter)
             adapter.active = active
+        self.adapters_started |= active
 
     def _prepare_layers(self, step: int, refresh: bool) -> None:
         layers = list(self.layers.values())
@@ -158,7 +159,13 @@ class SparseTraining:
 
     def _adapters_active(self, step: int) -> bool:
         first = max(self.adapter_start, self.schedule.warmup_end) if self.layers else self.adapter_start
-        return step >= first
+        return min(step, self.schedule.total_steps - 1) >= first
+
+    def adopt(self) -> None:
+        """After loading another run's checkpoint, whose schedule may differ: bring the masks up to date. Those that
+        inputs decide wait for inputs."""
+        if self.started and self.recipe.projection != "metric":
+            self.refresh()
 
     def refresh(self) -> Tensor:
         """Recompute every mask now; returns how many entries changed in each layer, (layers,) int64."""
@@ -177,12 +184,11 @@ class SparseTraining:
     def select_gradients(self) -> None:
         """After the backward pass and before clipping: weights that are frozen now lose their gradients, and with
         `weight_gradient=masked` pruned weights lose theirs (SLoPe: dW is pruned to the forward mask)."""
-        sparse = self.schedule.phase(self.step) == SPARSE if self.layers else self._adapters_active(self.step)
-        if not sparse:
-            return
-        for parameter in self._frozen:
-            parameter.grad = None
-        if self.recipe.weight_gradient == "masked":
+        sparse = self.layers and self.schedule.phase(self.step) == SPARSE
+        if (sparse and self.own_lr) or self._adapters_active(self.step):  # there is something else to train
+            for parameter in self._frozen:
+                parameter.grad = None
+        if sparse and self.recipe.weight_gradient == "masked":
             for layer in self.layers.values():
                 if layer.weight.grad is not None:
                     layer.weight.grad.mul_(layer.mask)
@@ -223,14 +229,17 @@ class SparseTraining:
         return {
             "flips": self.flips,
             "started": self.started,
+            "adapters_started": self.adapters_started,
             "warmup_end": self.schedule.warmup_end,
             "changes": None if self.switch is None else self.switch.changes,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.flips, self.started = state["flips"], state["started"]
+        self.adapters_started = state["adapters_started"]
         if self.switch is not None and state["changes"] is not None:
-            self.switch.changes = state["changes"]
+            if state["changes"].shape == self.switch.changes.shape:  # else another run's, with another beta2
+                self.switch.changes = state["changes"]
             if self.started:
                 self.schedule = dataclasses.replace(self.schedule, warmup_end=state["warmup_end"])
 
@@ -247,5 +256,5 @@ def _gather_inputs(layers: list[SparseLinear]) -> None:
     for layer, square in zip(measured, total.split([layer.in_features for layer in measured]), strict=True):
         assert layer.input_square is not None
         assert layer.step_square is not None
-        layer.input_square += square
+        layer.input_square += square.nan_to_num(nan=0.0, posinf=0.0)  # of a step that was dropped for it
         layer.step_square.zero_()

@@ -65,8 +65,8 @@ class CausalLM(lightning.LightningModule):
         )
 
     def on_fit_start(self) -> None:
-        if self.forked and self.sparse_training.started:
-            self.sparse_training.refresh()
+        if self.forked:
+            self.sparse_training.adopt()
         self._prepare_step(refresh=not self._resumed)
         if self.cfg.trainer.compile:
             for block in self.model.blocks:

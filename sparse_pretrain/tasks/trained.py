@@ -44,12 +44,15 @@ def load_trained(path: str, device: torch.device, option: str = "checkpoint") ->
 
 
 def load_weights(module: CausalLM, path: str) -> None:
-    """Give a run that starts the weights of another one's checkpoint: master weights, without masks and optimizer.
+    """Give a run that starts the weights of another one's checkpoint: master weights, without masks, optimizer and
+    adapters.
 
     Raises:
         UserError: there is no whole checkpoint at `path`.
     """
     state = store.load(store.resolve(Path(path), option="init_from"))["state_dict"]
+    if any(".adapter." in name for name in state):
+        print(f"  {path} has adapters, which stay behind: recipe.adapter.path brings them")
     with torch.device("meta"):
         plain = build_model(module.cfg, len(state["model.tok_embed.weight"])).state_dict()
     module.model.load_state_dict({name: state[f"model.{name}"] for name in plain}, strict=False)

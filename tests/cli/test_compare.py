@@ -26,7 +26,8 @@ def request_of(*options):
 
 
 def grid(*options, seeds=(1, 2, 3)):
-    return request_of(*options).grid(CompareConfig(None, None, None, seeds=list(seeds)))
+    (only,) = request_of(*options).grids(CompareConfig(None, None, None, seeds=list(seeds)))
+    return only
 
 
 def test_every_recipe_and_three_seeds_unless_others_are_asked_for():
@@ -44,6 +45,13 @@ def test_dense_is_added_and_said(capsys):
     assert "recipe=dense is added" in capsys.readouterr().out
     assert grid("recipe=ste,dense,ste")[1] == "recipe=dense,ste"
     assert not capsys.readouterr().out
+
+
+def test_options_of_recipes_are_not_for_dense():
+    request = request_of("recipe=ste,fst", "recipe.fp8=true", "trainer.steps=9")
+    dense, sparse = request.grids(CompareConfig(None, None, None, seeds=[1, 2]))
+    assert dense == ["seed=1,2", "recipe=dense", "trainer.steps=9"]
+    assert sparse == ["seed=1,2", "recipe=ste,fst", "recipe.fp8=true", "trainer.steps=9"]
 
 
 def test_hydras_grammar_holds():

@@ -12,7 +12,7 @@ from sparse_pretrain.reporting.table import compare, comparison_table, duration,
 
 def cells(*folders):
     """run -> column -> text"""
-    header = ("val loss", "perplexity", "vs dense", "tokens/s", "x dense", "flip rate", "2:4", "time")
+    header = ("val loss", "perplexity", "vs dense", "tokens/s", "x dense", "flip rate", "sparse", "time")
     table = compare([read_run(folder) for folder in folders]).cells
     return {row[0]: dict(zip(header, row[1:], strict=True)) for row in table}
 
@@ -27,13 +27,13 @@ def test_figures_of_a_comparison(make_run):
         "tokens/s": "10,000",
         "x dense": "-",
         "flip rate": "-",
-        "2:4": "-",
+        "sparse": "-",
         "time": "1m 22s",  # 400 steps of 8 x 256 tokens at 10,000 tokens/s
     }
     assert table["ste"]["vs dense"] == "+5.00%"
     assert table["fst"]["vs dense"] == "-0.50%"
     assert (table["ste"]["x dense"], table["fst"]["x dense"]) == ("0.80x", "0.50x")
-    assert table["fst"]["2:4"] == "25%"  # 8 layers of 512 x 128, of 2^21 parameters
+    assert table["fst"]["sparse"] == "25%"  # 8 layers of 512 x 128, of 2^21 parameters
     assert table["ste"]["flip rate"].endswith(" / 1 step")
     assert table["fst"]["flip rate"].endswith(" / 40 steps")
 

@@ -371,7 +371,8 @@ def test_mvue_outside_a_sparse_training_is_refused():
 
 def test_an_unknown_recipe():
     with pytest.raises(
-        UserError, match=r"recipe: found fstt; allowed: ast, dense, fst, maskllm, s_ste, slope, sr_ste, ste, step; did you mean fst\?"
+        UserError,
+        match=r"recipe: found fstt; allowed: ast, dense, fst, maskllm, s_ste, slope, sr_ste, ste, step; did you mean fst\?",
     ):
         load_recipe("fstt")
 

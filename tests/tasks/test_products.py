@@ -9,7 +9,7 @@ from sparse_pretrain import runs, train
 from sparse_pretrain.config import RecipeConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.optim import adamw
-from sparse_pretrain.sparsity.linear import SparseLinear
+from sparse_pretrain.sparsity import SparseLinear, SparseTraining, sparsify
 from sparse_pretrain.tasks import products
 from tests.sparse24.reference_backend import Reference
 
@@ -128,6 +128,20 @@ def test_a_packed_layer_projects_into_the_same_memory(pretend):
     assert torch.equal(layer.dense_layer().weight, layer.weight * layer.mask)
     layer.go_dense()
     assert not layer.is_sparse
+
+
+def test_a_plan_may_be_sparse_for_the_weight_gradient_alone(pretend, monkeypatch):
+    asked = []
+    known = Pretend.weight_gradient
+    monkeypatch.setattr(Pretend, "weight_gradient", lambda *args: asked.append(args[-1]) or known(*args))
+    model = torch.nn.ModuleDict({"ffn": torch.nn.Linear(32, 16)})
+    recipe = RecipeConfig("test", "magnitude", weight_gradient="mvue")
+    sparsify(model, recipe, include=["ffn"])
+    training = SparseTraining(model, recipe, 10, seed=1)
+    model["ffn"].plan = Plan("dense", "dense", "gluon:b")
+    training.prepare(0)
+    model["ffn"](torch.randn(32, 32)).sum().backward()
+    assert asked == ["b"]
 
 
 def test_training_with_the_gpu_kernels_is_the_same_training(tiny, monkeypatch):

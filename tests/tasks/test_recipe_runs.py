@@ -204,7 +204,7 @@ def test_what_was_trained_is_evaluated_however_weights_are_held(tiny, capsys, re
 
 @pytest.mark.parametrize("recipe", ["ste", "slope", "maskllm"])
 def test_4_of_8_trains_and_is_evaluated_but_not_packed(tiny, capsys, recipe):
-    cfg = tiny(recipe, recipe__pattern="4:8", recipe__adapter__start=0.5)
+    cfg = tiny(recipe, recipe__pattern="4:8", **({"recipe__adapter__start": 0.5} if recipe == "slope" else {}))
     run_dir = train.run(cfg)
     losses = [float(row["train/loss"]) for row in metrics(run_dir)]
     assert losses[8] < losses[0]
@@ -256,14 +256,22 @@ def test_packed_weights_of_two_masks(pretend, plan, input_gradient, projection):
     assert len(pointers) == 1
 
 
-@pytest.mark.parametrize(("recipe", "changes"), [("slope", SLOPE), ("ast", METRIC), ("maskllm", MASKLLM)])
+@pytest.mark.parametrize(("recipe", "changes"), [("slope", SLOPE), ("ast", METRIC)])
 def test_packed_weights_train_as_dense_ones(tiny, pretend, recipe, changes):
     expected = metrics(train.run(tiny(recipe, "dense", **changes)))
     run_dir = train.run(tiny(recipe, "packed", trainer__backend="gluon", **changes))
     for a, b in zip(expected, metrics(run_dir), strict=True):
         assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), abs=2e-3)
     plans = runs.read_json(run_dir / runs.RUN_FILE)["sparse_products"]["plans"].values()
-    assert all((plan[0] == "dense") == (recipe == "maskllm") for plan in plans)
+    assert all(plan[0] != "dense" for plan in plans)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "pattern", "what"), [("maskllm", "2:4", "learned masks"), ("ste", "4:8", "recipe.pattern=4:8")]
+)
+def test_a_backend_that_cannot_serve_is_refused_not_replaced(tiny, pretend, recipe, pattern, what):
+    with pytest.raises(UserError, match=f"trainer.backend: found gluon, which serves 2:4 weights, with {what}"):
+        train.run(tiny(recipe, trainer__backend="gluon", recipe__pattern=pattern))
 
 
 @pytest.mark.parametrize(("recipe", "changes"), [("slope", SLOPE), ("ast", {**AST, **METRIC}), ("step", STEP)])
@@ -320,8 +328,9 @@ def test_resuming_at_every_special_moment_is_bit_identical(tiny, tmp_path, recip
 def test_init_from_starts_at_step_0_with_these_weights_and_fresh_masks(tiny, tmp_path, recipe):
     source = train.run(tiny("slope", "first", recipe__projection="static_random", **EVERY_STEP))
     before = final_state(source)["state_dict"]
-    changes = {"init_from": str(source), "optimizer__lr": 0.0, "recipe__learned__logit_lr": 0.0}
-    changes["recipe__schedule__dense_warmup"] = 0.0
+    changes = {"init_from": str(source), "optimizer__lr": 0.0, "recipe__schedule__dense_warmup": 0.0}
+    if recipe == "maskllm":
+        changes["recipe__learned__logit_lr"] = 0.0
     run_dir = train.run(tiny(recipe, "second", seed=5, **changes))
     assert [int(row["step"]) for row in metrics(run_dir)] == list(range(1, 13))
     after = final_state(run_dir)["state_dict"]
@@ -429,3 +438,93 @@ def test_two_ranks_hold_the_same_masks_as_one(tmp_path):
     for a, b, alone in zip(first, second, _masks(None), strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, alone)
+
+
+# --- forks: going on from another run's checkpoint under other options ---
+
+
+def fork(tiny, recipe, tmp_path, step, source=None, **changes):
+    """A run stopped at `step`, and another that goes on from there with `changes`; the latter's folder."""
+    train.run(tiny(recipe, "source", trainer__stop_after=step, **(source or {})))
+    return train.run(tiny(recipe, "fork", resume=str(tmp_path / "source"), **{**(source or {}), **changes}))
+
+
+def test_a_fork_needs_the_same_optimizer_state(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"resume: found a checkpoint of another model: optimizer\.name=adamw there"):
+        fork(tiny, "ste", tmp_path, 6, optimizer__name="muon")
+
+
+def test_a_second_moment_once_frozen_stays_so_in_a_fork(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"recipe\.frozen_preconditioner: found false, for a checkpoint"):
+        fork(tiny, "step", tmp_path, 6, recipe__frozen_preconditioner=False)
+
+
+def test_a_fork_of_step_with_another_beta2_begins_its_window_anew(tiny, tmp_path):
+    folder = fork(tiny, "step", tmp_path, 5, STEP, optimizer__betas=[0.9, 0.5])
+    assert final_state(folder)["sparse_training"]["changes"].shape == (2,)
+
+
+def test_a_fork_keeps_wandas_masks_until_inputs_have_been_seen(tiny, tmp_path):
+    wanda = {"recipe__projection": "metric", "recipe__schedule__refresh_every": 3}
+    folder = fork(tiny, "ste", tmp_path, 6, wanda, recipe__schedule__refresh_every=5, **EVERY_STEP)
+    source = final_state(tmp_path / "source")["state_dict"]
+    mask = source[f"{UP}.mask"]
+    assert not torch.equal(mask, top2(source[f"{UP}.weight"]))
+    assert torch.equal(states(folder)[8]["state_dict"][f"{UP}.mask"], mask)
+
+
+def test_a_fork_past_the_start_of_its_adapters_starts_them(tiny, tmp_path):
+    slorb = {"recipe__adapter__kind": "slorb", "recipe__adapter__group": 4, "recipe__adapter__start": 0.9}
+    folder = fork(tiny, "ste", tmp_path, 6, slorb, recipe__adapter__start=0.2, optimizer__lr=0.0)
+    assert final_state(folder)["state_dict"][f"{UP}.adapter.s"].any()
+
+
+def test_a_short_run_too_trains_lazy_adapters(tiny):
+    folder = train.run(tiny("slope"))  # 12 steps
+    assert load_file(folder / runs.ADAPTER_FILE)["blocks.0.ffn.up.adapter.b"].any()
+
+
+def test_weights_are_frozen_once_there_is_something_else_to_train(tiny):
+    folder = train.run(
+        tiny("ste", recipe__train_weights=False, recipe__adapter__kind="lora", recipe__adapter__start=0.5, **EVERY_STEP)
+    )
+    weights = {step: state["state_dict"][f"{UP}.weight"] for step, state in states(folder).items()}
+    assert not torch.equal(weights[5], weights[6])
+    assert torch.equal(weights[6], weights[12])
+
+
+def test_a_wrong_adapter_file_is_told_before_there_is_a_run_folder(tiny, tmp_path):
+    cfg = tiny("ste", recipe__adapter__kind="lora", recipe__adapter__path=str(tmp_path / "none.safetensors"))
+    with pytest.raises(UserError, match=r"recipe\.adapter\.path: found .*none\.safetensors"):
+        train.run(cfg)
+    assert not (tmp_path / "run").exists()
+
+
+def test_inputs_that_are_not_finite_do_not_decide_masks():
+    """The step that they ruin is dropped by the guard; what its forward pass measured is too."""
+    model = nn.ModuleDict({"ffn": nn.Linear(8, 4)})
+    recipe = RecipeConfig("test", "metric", schedule=ScheduleConfig(refresh_every=2))
+    sparsify(model, recipe, include=["ffn"])
+    training = SparseTraining(model, recipe, 20, seed=1)
+    training.prepare(0)
+    x = torch.randn(16, 8) * torch.tensor([1.0, 9, 1, 9, 1, 9, 1, 9])
+    model["ffn"](x).sum().backward()
+    training.prepare(1)
+    x[0, 2] = torch.nan
+    x[1, 4] = torch.inf
+    model["ffn"](x).sum().backward()
+    training.prepare(2)
+    norms = torch.tensor([1.0, 9, 1, 9, 1, 9, 1, 9])
+    assert torch.equal(model["ffn"].mask, top2(model["ffn"].weight.detach() * norms))
+
+
+def test_s_stes_beta_is_that_of_the_weights_that_become_sparse(tiny):
+    folder = train.run(tiny("s_ste", recipe__schedule__dense_warmup=0.5, optimizer__lr=3e-2, **EVERY_STEP))
+    there = states(folder)
+    weight = there[6]["state_dict"][f"{UP}.weight"]
+    groups = weight.reshape(-1, 4)
+    soft = (groups.sign() * (groups.abs() - groups.abs().sort(dim=1).values[:, 1:2]).clamp(min=0)).view_as(weight)
+    beta = float((weight * soft).sum() / soft.square().sum())
+    assert float(there[6]["state_dict"][f"{UP}.scale"]) == pytest.approx(beta, rel=1e-5)
+    assert float(there[1]["state_dict"][f"{UP}.scale"]) != pytest.approx(beta, rel=1e-3)
+    assert torch.equal(there[12]["state_dict"][f"{UP}.scale"], there[6]["state_dict"][f"{UP}.scale"])

@@ -157,9 +157,7 @@ def test_a_resumed_run_is_bit_identical(tiny, stop_at, tmp_path, stop):
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
-@pytest.mark.parametrize(
-    "recipe", ["dense", "ste", "sr_ste", "s_ste", "step", "ast", "slope", "maskllm"]
-)
+@pytest.mark.parametrize("recipe", ["dense", "ste", "sr_ste", "s_ste", "step", "ast", "slope", "maskllm"])
 def test_other_recipes_resume_too(tiny, stop_at, tmp_path, recipe):
     train.run(tiny(recipe, "whole"))
     stop_at(7)
