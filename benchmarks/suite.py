@@ -129,7 +129,7 @@ def run_tests(results: Results, seconds: float, rehearse: bool, writer: Writer) 
 
 
 def _jobs(env: dict[str, str], rehearse: bool) -> list[Job]:
-    files = sorted((ROOT / "tests" / "sparse24").glob("test_*.py"))
+    files = [*sorted((ROOT / "tests" / "sparse24").glob("test_*.py")), ROOT / "tests/sparsity/test_recipes_gpu.py"]
     if rehearse:
         files = [file for file in files if file.name in REHEARSED_TESTS]
     pytest = [sys.executable, "-m", "pytest", "--tb=short", "-p", "no:cacheprovider"]

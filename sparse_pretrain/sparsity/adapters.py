@@ -16,8 +16,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from sparse_pretrain.config import AdapterConfig
@@ -297,6 +295,8 @@ def save_adapters(model: nn.Module, path: str | Path) -> None:
         UserError: the disk is full or not writable; what was there before is untouched.
         ValueError: the model has no adapters, or ones that differ in kind or options.
     """
+    from safetensors.torch import save  # here: the recipes alone need no file format
+
     adapters = adapters_of(model)
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in _parameters(adapters).items()}
     content = save(tensors, metadata=_FORMAT | _common_options(adapters))
@@ -336,6 +336,8 @@ def read_adapters(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
         UserError: naming recipe.adapter.path, what is wrong with the file, and what would fit.
         ValueError: the model's adapters differ in kind or options, or are merged.
     """
+    from safetensors import SafetensorError, safe_open
+
     option = "recipe.adapter.path"
     adapters = adapters_of(model)
     if not adapters:

@@ -250,3 +250,19 @@ def test_a_matrix_of_more_than_two_to_the_31_elements(gpu):
 def test_dense_only_where_nothing_else_fits(gpu):
     shape = LayerShape(177, 36, 20, torch.bfloat16, transposable=True, mvue=True)
     assert choose(shape, gpu)[0] == Plan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_pruned_activations_are_those_of_a_cpu(dtype, gpu):
+    from sparse24.activations import pruned_relu2
+
+    x = torch.randn(130, 264).to(dtype)
+    dy = torch.randn(130, 264).to(dtype)
+    results = []
+    for device in ("cpu", gpu):
+        leaf = x.to(device).requires_grad_()
+        h = pruned_relu2(leaf)
+        h.backward(dy.to(device))
+        results.append((h.detach().cpu(), leaf.grad.cpu()))
+    for here, there in zip(*results, strict=True):
+        assert torch.equal(here, there)
