@@ -133,7 +133,7 @@ class RecipeConfig:
     pattern: str = "2:4"
     input_gradient: str = "same"
     weight_gradient: str = "dense"
-    train_weights: bool = True  # false = from the first sparse step on only adapters and mask logits are trained
+    train_weights: bool = True  # false = once there are adapters or mask logits to train, they alone are
     frozen_preconditioner: bool = False  # STEP: when sparse Adam divides by the second moment it ended dense with
     fp8: bool = False  # products of e4m3 (forward) and e5m2 (gradients) values, one scale a tensor; weights stay fp32
     decay: DecayConfig = field(default_factory=DecayConfig)

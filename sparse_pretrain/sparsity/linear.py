@@ -32,7 +32,7 @@ class SparseLinear(nn.Module):
     (SLoPe), what dX = dY W keeps of Ŵ: 2:4 along out_features, zeros of Ŵ where there are too few others;
     `input_square`, per input the sum of squares since the last refresh, for `projection=metric` (Wanda), to which
     SparseTraining adds `step_square`, that of the step being made; `scale`, β of `projection=soft_threshold` (S-STE:
-    Ŵ = β·S(W)), computed here, from the weight as it is now, and kept from then on.
+    Ŵ = β·S(W)), which `start` computes and which is kept from then on.
 
     Args:
         dense: the layer to replace: an `nn.Linear`, or a Hugging Face `Conv1D` (its weight is (in, out)).

@@ -90,14 +90,17 @@ class CausalLM(lightning.LightningModule):
         for i, sequences in enumerate(micro_batches):
             tokens = sequences[:, 1:].numel()
             self.sparse_training.at_tokens((self.global_rank * len(micro_batches) + i) * (-(-tokens // 4) * 4))
-            with self._sync_gradients(last=i == len(micro_batches) - 1):
+            last = i == len(micro_batches) - 1
+            with self._sync_gradients(last):
                 logits = self.model(sequences[:, :-1])
                 task = objective = cross_entropies(logits, sequences).mean()
                 distillation = torch.zeros_like(task)
                 if teacher is not None:
                     distillation = teacher.loss(logits, sequences, step, first_row=i * len(micro_batches[0]))
                     objective = (1 - teacher.cfg.weight) * task + teacher.cfg.weight * distillation
-                objective = (objective + self.sparse_training.penalty()) / len(micro_batches)
+                objective = objective / len(micro_batches)
+                if last:  # once a step: it does not depend on the batch
+                    objective = objective + self.sparse_training.penalty()
                 self.manual_backward(objective)
             losses += torch.stack((task, distillation)).detach() / len(micro_batches)
         loss, distillation = self._mean_over_ranks(losses)

@@ -106,9 +106,8 @@ class MetricsCallback(lightning.Callback):
 
     def _training_row(self, trainer: lightning.Trainer, module: CausalLM) -> dict[str, Any]:
         cfg, step = module.cfg, module.steps_done
-        loss, norm, count, distillation, taught = (
-            module.sums.tolist()
-        )  # waits for the device: the clock is read after it
+        # waits for the device: the clock is read after it
+        loss, norm, count, distillation, taught = module.sums.tolist()
         module.sums.zero_()
         seconds = self.elapsed
         tokens_per_step = cfg.trainer.batch_size * cfg.data.seq_len
