@@ -18,6 +18,7 @@ from sparse_pretrain.config import (
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.limits import CHOICES, parse_pattern
 
+# Projections whose masks follow the weights, so that the weights' decay shows in the flip rate.
 _FOLLOWS_WEIGHTS = ["magnitude", "transposable", "soft_threshold", "metric"]
 
 

@@ -23,7 +23,6 @@ _STATE_OPTIONS = (
     *("recipe.projection", "recipe.pattern", "recipe.input_gradient", "recipe.include", "recipe.exclude"),
     *("recipe.adapter.kind", "recipe.adapter.rank", "recipe.adapter.group", "recipe.adapter.train_groups"),
 )
-# Projections whose masks follow the weights, so that the weights' decay shows in the flip rate.
 
 
 def check_device(cfg: TrainConfig) -> None:
