@@ -18,7 +18,8 @@ from benchmarks.bench import Bench, Case, first_line
 from benchmarks.layers import autocast, make_sparse, plans_of, recipes
 from benchmarks.rows import FAILED, OK, Row
 from benchmarks.shapes import Model
-from sparse_pretrain.config import DataConfig, SchedulerConfig
+from sparse_pretrain.config import SchedulerConfig
+from sparse_pretrain.config_data import TextConfig
 from sparse_pretrain.evaluation.perplexity import token_losses
 from sparse_pretrain.models.gpt import GPT
 from sparse_pretrain.optim.adamw import AdamW, parameter_groups
@@ -202,7 +203,7 @@ def _tokens(model: Model, cache: str, bench: Bench) -> tuple[np.ndarray, np.ndar
 
     previous = os.environ.get("SPARSE_PRETRAIN_CACHE")
     os.environ["SPARSE_PRETRAIN_CACHE"] = cache if not bench.rehearse else previous or cache
-    cfg = DataConfig(
+    cfg = TextConfig(
         name="stdlib", source="stdlib", vocab_size=model.vocab_size, seq_len=model.seq_len,
         max_documents=None,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparse_pretrain.config import ModelConfig
+from sparse_pretrain.config_models import GPTConfig
 from sparse_pretrain.models.blocks import GATED_ACTIVATIONS
 
 TOKENS = 16384
@@ -34,9 +34,9 @@ class Model:
         """Of the FFN's products, forward and backward, dense."""
         return 6 * tokens * self.d_model * self.d_ff * (3 if self.gated else 2)
 
-    def config(self, n_layer: int | None = None) -> ModelConfig:
+    def config(self, n_layer: int | None = None) -> GPTConfig:
         llama = self.gated
-        return ModelConfig(
+        return GPTConfig(
             name=self.name,
             n_layer=n_layer or self.n_layer,
             n_head=self.n_head,

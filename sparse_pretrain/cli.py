@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sparse_pretrain import config, crosscheck
+from sparse_pretrain import config, crosscheck, schema
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.paths import config_dir
 
@@ -140,7 +140,7 @@ def _run_jobs(name: str, options: list[str], command: Any) -> tuple[list[Path], 
         try:
             # A run records the overrides it was composed from: the command that continues it.
             extra = [HydraConfig.get().overrides.task] if name == "train" else []
-            results.append(command.run(config.load(COMMANDS[name].schema, _plain(cfg)), *extra))
+            results.append(command.run(schema.load(COMMANDS[name].schema, _plain(cfg)), *extra))
         except Exception as error:
             exit_code = getattr(error, "exit_code", None)
             if exit_code is None:
@@ -176,7 +176,7 @@ def _preflight(name: str, options: list[str]) -> list[Any]:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.errors import HydraException
 
-    schema = COMMANDS[name].schema
+    expected = COMMANDS[name].schema
     arguments = _arguments(options)
     if _asks_for_text(arguments):
         return []
@@ -198,8 +198,8 @@ def _preflight(name: str, options: list[str]) -> list[Any]:
             try:
                 composed = compose(file_name(name), overrides=job)
             except HydraException as error:
-                raise _explain(error, schema, job) from error
-            cfg: Any = config.load(schema, _plain(composed))
+                raise _explain(error, expected, job) from error
+            cfg: Any = schema.load(expected, _plain(composed))
             if isinstance(cfg, config.TrainConfig):
                 crosscheck.check(cfg)
             jobs.append(cfg)
@@ -241,7 +241,7 @@ def _parse(overrides: list[str]) -> list[Override]:
         ) from error
 
 
-def _explain(error: Exception, schema: type, job: list[str]) -> UserError:
+def _explain(error: Exception, expected: type, job: list[str]) -> UserError:
     """Hydra's composition errors in our words."""
     from hydra.errors import MissingConfigException
 
@@ -250,7 +250,7 @@ def _explain(error: Exception, schema: type, job: list[str]) -> UserError:
         return UserError(group, choice, sorted(error.options))
     key = getattr(error.__cause__, "full_key", None)
     if key:
-        known = config.options(schema)
+        known = schema.options(expected)
         group = str(key).rpartition(".")[0]
         same_group = [option for option in known if option.rpartition(".")[0] == group]
         return UserError(str(key), "no such option", _nearest(str(key), known) or same_group or known)

@@ -1,67 +1,16 @@
 """The structured config of every command: what each option is, of which type, and which values it may have.
 
 Imports no torch, so that `--help` and config errors come in well under a second. YAML files under `conf/` pick
-values; the dataclasses here say which options exist and of which type they are. `load` turns a composed config
-into these dataclasses, with one clear sentence for whatever does not fit.
+values; the dataclasses here say which options exist and of which type they are; `schema.load` makes them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import types
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
-from sparse_pretrain.errors import UserError
-from sparse_pretrain.limits import CHOICES, RANGES
-
-
-@dataclass
-class ModelConfig:
-    """A decoder-only transformer: GPT-2 and Llama are two settings of the same options."""
-
-    name: str
-    n_layer: int
-    n_head: int
-    d_model: int
-    family: str = "gpt"
-    n_kv_head: int | None = None  # fewer than n_head: grouped-query attention; null = n_head
-    d_ff: int | None = None  # null = 4 d_model, or 8/3 d_model for gated activations, rounded up to 64
-    vocab_size: int | None = None  # null = the tokenizer's, rounded up to 64
-    max_seq_len: int = 1024
-    norm: str = "layer_norm"
-    position: str = "learned"
-    activation: str = "gelu"
-    activation_sparsity: str = "none"  # 2:4: of the hidden activations of a squared-ReLU FFN
-    bias: bool = False
-    tied_embeddings: bool = True
-    dropout: float = 0.0
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    activation_checkpointing: bool = False
-
-
-@dataclass
-class DataConfig:
-    """A corpus, its tokenizer, and how sequences are cut from it."""
-
-    name: str
-    source: str
-    train: list[str] = field(default_factory=list)  # text: files, folders or globs
-    validation: list[str] = field(default_factory=list)  # text: the same; empty = held out from train
-    validation_share: float = 0.05  # of the documents, where there is no validation split
-    hf_path: str | None = None
-    hf_config: str | None = None
-    hf_train_split: str = "train"
-    hf_validation_split: str | None = None  # null = held out from train
-    hf_text_column: str = "text"
-    hf_streaming: bool = False
-    max_documents: int | None = None
-    tokenizer: str = "bpe"  # train a byte-level BPE on the corpus, or the path of a tokenizer.json
-    vocab_size: int = 32768  # of the BPE to train
-    seq_len: int = 1024
-    num_workers: int = 2  # processes that load batches
+from sparse_pretrain.config_data import DataConfig
+from sparse_pretrain.config_models import ModelConfig
 
 
 @dataclass
@@ -305,105 +254,3 @@ class BenchConfig:
     minutes: float = 10.0
     out: str = "benchmarks/results"
     accelerator: str = "auto"
-
-
-C = TypeVar("C")
-
-
-def load(schema: type[C], values: dict[str, Any]) -> C:
-    """Build `schema` from a composed config, checking names, types, choices and ranges.
-
-    Raises:
-        UserError: naming the option, what was found and what is allowed.
-    """
-    return _build(schema, values, prefix="")
-
-
-def _build(schema: type[C], values: dict[str, Any], prefix: str) -> C:
-    hints = get_type_hints(schema)
-    fields = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            raise UserError(f"{prefix}{key}", "no such option", sorted(f"{prefix}{name}" for name in fields))
-    built: dict[str, Any] = {}
-    for name, f in fields.items():
-        option = f"{prefix}{name}"
-        if name in values:
-            built[name] = _convert(hints[name], values[name], option)
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise UserError(option, "nothing", "a value; this option has no default")
-    return schema(**built)
-
-
-def _convert(hint: Any, value: Any, option: str) -> Any:
-    """`value` as the annotated type, or a UserError. An int is accepted where a float is asked for, nothing else."""
-    if value == "???":
-        raise UserError(option, "nothing", "a value; this option has no default")
-    if get_origin(hint) in (Union, types.UnionType):
-        inner, other = get_args(hint)  # a type, and None or a Literal
-        if (value is None and other is type(None)) or value in get_args(other):
-            return value
-        if isinstance(value, str) and get_args(other):
-            raise UserError(option, value, ["a number", *get_args(other)])
-        return _convert(inner, value, option)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise UserError(
-                option, repr(value), f"a group of options ({', '.join(f.name for f in dataclasses.fields(hint))})"
-            )
-        return _build(hint, value, prefix=f"{option}.")  # type: ignore[arg-type]
-    if get_origin(hint) is list:
-        (inner,) = get_args(hint)
-        if isinstance(value, str):
-            value = [value]
-        if not isinstance(value, list):
-            raise UserError(option, repr(value), "a list, as [a,b]")
-        return [_convert(inner, item, option) for item in value]
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)  # prompt=12 is a text that YAML takes for a number
-    if type(value) is not hint:
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        raise UserError(option, repr(value), words[hint])
-    if hint is float and not math.isfinite(value):
-        raise UserError(option, value, "a number that is finite")
-    if option in CHOICES and value not in CHOICES[option]:
-        raise UserError(option, value, CHOICES[option])
-    if option in RANGES:
-        low, high = RANGES[option]
-        if (low is not None and value < low) or (high is not None and value > high):
-            bounds = " and ".join(
-                text
-                for text in (
-                    f"at least {low}" if low is not None else "",
-                    f"at most {high}" if high is not None else "",
-                )
-                if text
-            )
-            raise UserError(option, f"{value:g}" if hint is float else value, bounds)
-    return value
-
-
-def options(schema: Any, prefix: str = "") -> list[str]:
-    """The names of all options of a schema, as `model.d_model`."""
-    names: list[str] = []
-    for name, hint in get_type_hints(schema).items():
-        names += options(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [f"{prefix}{name}"]
-    return names
-
-
-def to_dict(cfg: Any) -> dict[str, Any]:
-    """The config as plain dicts, lists and scalars."""
-    return dataclasses.asdict(cfg)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"d_model": 64}} -> {"model.d_model": 64}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -8,13 +8,13 @@ from sparse_pretrain.config import (
     AdapterConfig,
     DecaySearchConfig,
     LearnedConfig,
-    ModelConfig,
     RecipeConfig,
     SearchConfig,
     TeacherConfig,
     TrainConfig,
     TrainerConfig,
 )
+from sparse_pretrain.config_models import GPTConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.limits import CHOICES, parse_pattern
 
@@ -59,7 +59,7 @@ def check(cfg: TrainConfig) -> None:
         raise UserError("name", repr(cfg.name), "letters, digits, '.', '_' and '-'")
 
 
-def _check_model(model: ModelConfig) -> None:
+def _check_model(model: GPTConfig) -> None:
     if model.d_model % model.n_head:
         raise UserError("model.n_head", model.n_head, f"a divisor of model.d_model={model.d_model}")
     if model.position == "rotary" and (model.d_model // model.n_head) % 2:

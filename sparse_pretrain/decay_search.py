@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from sparse_pretrain import crosscheck, preflight, runs
-from sparse_pretrain.config import DecaySearchConfig, TrainConfig, to_dict
+from sparse_pretrain.config import DecaySearchConfig, TrainConfig
 from sparse_pretrain.factor_search import search
+from sparse_pretrain.schema import to_dict
 from sparse_pretrain.train import run as train
 from sparse_pretrain.train import with_absolute_paths
 

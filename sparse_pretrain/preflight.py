@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_pretrain import runs
-from sparse_pretrain.config import TrainConfig, flatten, to_dict
+from sparse_pretrain.config import TrainConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.limits import parse_pattern
+from sparse_pretrain.schema import flatten, to_dict
 
 if TYPE_CHECKING:
     from sparse_pretrain.data.token_store import TokenStore

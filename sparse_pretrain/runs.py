@@ -28,8 +28,9 @@ from typing import Any
 
 import yaml
 
-from sparse_pretrain.config import TrainConfig, flatten, load, to_dict
+from sparse_pretrain.config import TrainConfig
 from sparse_pretrain.errors import UserError
+from sparse_pretrain.schema import flatten, load, to_dict
 
 CONFIG_FILE, RUN_FILE, SUMMARY_FILE, CHECKPOINTS = "config.yaml", "run.json", "summary.json", "checkpoints"
 METRICS_FILE, TOKENIZER_FILE = "metrics.csv", "tokenizer.json"

@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from sparse_pretrain import runs
 from sparse_pretrain.checkpoint import store
 from sparse_pretrain.checkpoint.callback import AtomicCheckpointIO, CheckpointCallback
-from sparse_pretrain.config import TrainConfig, to_dict
+from sparse_pretrain.config import TrainConfig
 from sparse_pretrain.data.datamodule import TokenDataModule
 from sparse_pretrain.data.token_store import TokenStore
 from sparse_pretrain.errors import UserError
@@ -33,6 +33,7 @@ from sparse_pretrain.hardware import device_name, peak_tflops, pick_device, prec
 from sparse_pretrain.interrupt import Interrupted, before_the_first_step
 from sparse_pretrain.loggers import build_loggers, close_loggers
 from sparse_pretrain.models.count import count_model
+from sparse_pretrain.schema import to_dict
 from sparse_pretrain.sparsity.adapters import load_adapters, save_adapters
 from sparse_pretrain.tasks.causal_lm import CausalLM
 from sparse_pretrain.tasks.metrics import MetricsCallback

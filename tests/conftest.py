@@ -13,14 +13,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from sparse_pretrain.config import (
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    SchedulerConfig,
-    TrainConfig,
-    TrainerConfig,
-)
+from sparse_pretrain.config import OptimizerConfig, SchedulerConfig, TrainConfig, TrainerConfig
+from sparse_pretrain.config_data import TextConfig
+from sparse_pretrain.config_models import GPTConfig
 from sparse_pretrain.sparsity import load_recipe
 
 
@@ -54,8 +49,8 @@ def tiny(corpus, tmp_path):
     def make(recipe: str = "fst", run_dir: str = "run", **changes) -> TrainConfig:
         method = load_recipe(recipe)
         cfg = TrainConfig(
-            model=ModelConfig(name="tiny", n_layer=2, n_head=2, d_model=16, max_seq_len=16),
-            data=DataConfig(
+            model=GPTConfig(name="tiny", n_layer=2, n_head=2, d_model=16, max_seq_len=16),
+            data=TextConfig(
                 name="tiny", source="text", train=[str(corpus)], validation_share=0.1, vocab_size=320, seq_len=16, num_workers=0
             ),
             recipe=method,

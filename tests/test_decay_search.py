@@ -9,7 +9,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
-from sparse_pretrain import cli, config, crosscheck, decay_search, factor_search, runs, train
+from sparse_pretrain import cli, config, crosscheck, decay_search, factor_search, runs, schema, train
 from sparse_pretrain.config import DecaySearchConfig, SearchConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.interrupt import Interrupted
@@ -312,7 +312,7 @@ def test_auto_needs_the_same(tiny, recipe):
 def test_every_option_of_train_and_a_group_of_its_own():
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         values = cli._plain(compose("decay_search"))
-    assert config.load(DecaySearchConfig, values).search == SearchConfig()
-    assert set(config.options(DecaySearchConfig)) - set(config.options(config.TrainConfig)) == {
+    assert schema.load(DecaySearchConfig, values).search == SearchConfig()
+    assert set(schema.options(DecaySearchConfig)) - set(schema.options(config.TrainConfig)) == {
         "search.factors", "search.sample_step", "search.refine",
     }  # fmt: skip

@@ -13,10 +13,10 @@ from sparse_pretrain.data.files import remembered_sha256
 from sparse_pretrain.errors import UserError
 
 if TYPE_CHECKING:
-    from sparse_pretrain.config import DataConfig
+    from sparse_pretrain.config_data import TextConfig
 
 
-def corpus(cfg: DataConfig) -> Corpus:
+def corpus(cfg: TextConfig) -> Corpus:
     """A column of a dataset, a row a document; empty rows are skipped. Nothing is deduplicated: published
     corpora are, and the hashes of a web-scale one would fill the memory.
 
@@ -53,14 +53,14 @@ def corpus(cfg: DataConfig) -> Corpus:
     return Corpus(digest_of(["huggingface", request]), read)
 
 
-def _documents(cfg: DataConfig, split: str, option: str) -> Iterator[Document]:
+def _documents(cfg: TextConfig, split: str, option: str) -> Iterator[Document]:
     rows = _load(cfg, split, option)
     column = cfg.hf_text_column
     texts = _texts(cfg, rows, column)
     yield from itertools.islice((text for text in texts if text and text.strip()), cfg.max_documents)
 
 
-def _texts(cfg: DataConfig, rows: Any, column: str) -> Iterator[Any]:
+def _texts(cfg: TextConfig, rows: Any, column: str) -> Iterator[Any]:
     iterator = iter(rows)
     while True:
         try:
@@ -75,7 +75,7 @@ def _texts(cfg: DataConfig, rows: Any, column: str) -> Iterator[Any]:
         yield row[column]
 
 
-def _load(cfg: DataConfig, split: str, option: str) -> Any:
+def _load(cfg: TextConfig, split: str, option: str) -> Any:
     import datasets  # takes a second or two: only for those who use it
 
     try:
@@ -94,7 +94,7 @@ def _load(cfg: DataConfig, split: str, option: str) -> Any:
         raise UserError("data.hf_path", cfg.hf_path, "a dataset that `datasets` can load", message) from error
 
 
-def _unreachable(cfg: DataConfig, error: Exception) -> UserError:
+def _unreachable(cfg: TextConfig, error: Exception) -> UserError:
     return UserError(
         "data.hf_path",
         f"{cfg.hf_path}, which cannot be loaded ({error})",

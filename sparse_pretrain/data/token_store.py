@@ -35,7 +35,7 @@ from sparse_pretrain.errors import UserError
 from sparse_pretrain.paths import cache_dir
 
 if TYPE_CHECKING:
-    from sparse_pretrain.config import DataConfig
+    from sparse_pretrain.config_data import TextConfig
 
 FORMAT = 1
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -132,7 +132,7 @@ def _damaged(folder: Path, what: str) -> UserError:
     return UserError(f"token store {folder}", what, "a complete store", "Delete the folder to have it built anew")
 
 
-def prepare(cfg: DataConfig) -> TokenStore:
+def prepare(cfg: TextConfig) -> TokenStore:
     """The token store for `cfg`: opened if it is there, else built (source, tokenizer, tokens) and kept in
     the cache.
 

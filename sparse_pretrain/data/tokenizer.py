@@ -20,7 +20,7 @@ from sparse_pretrain.errors import UserError
 from sparse_pretrain.paths import cache_dir
 
 if TYPE_CHECKING:
-    from sparse_pretrain.config import DataConfig
+    from sparse_pretrain.config_data import TextConfig
 
 END_OF_TEXT_TOKENS = (
     END_OF_TEXT,
@@ -32,7 +32,7 @@ TRAINING_BYTES = 64_000_000  # of text that a BPE is trained on: the first docum
 ENCODE_CHARACTERS = 8_000_000  # of text handed to the encoder's threads at once; bounds its memory
 
 
-def tokenizer_json(cfg: DataConfig, corpus: Corpus) -> bytes:
+def tokenizer_json(cfg: TextConfig, corpus: Corpus) -> bytes:
     """The tokenizer.json that `cfg.tokenizer` asks for: read from that path or, for "bpe", trained on the
     corpus the first time and kept in the cache.
 

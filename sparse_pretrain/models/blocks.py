@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from sparse24.activations import pruned_relu2
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from sparse_pretrain.config import ModelConfig
+from sparse_pretrain.config_models import TransformerConfig
 
 GATED_ACTIVATIONS = ("geglu", "swiglu")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),  # as GPT-2
+    "gelu_erf": F.gelu,  # as BERT
+    "relu": F.relu,
+    "silu": F.silu,
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021
+}
 
 
-def make_norm(cfg: ModelConfig) -> nn.Module:
+def make_norm(cfg: TransformerConfig) -> nn.Module:
     if cfg.norm == "rms_norm":
         return nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
     return nn.LayerNorm(cfg.d_model, eps=cfg.norm_eps, bias=cfg.bias)
 
 
-def ffn_width(cfg: ModelConfig) -> int:
+def ffn_width(cfg: TransformerConfig) -> int:
     """d_ff as given, else 4 d_model, or 8/3 d_model rounded up to a multiple of 64 for the gated activations
     (Shazeer 2020: the same number of parameters)."""
     if cfg.d_ff is not None:
@@ -40,55 +51,113 @@ class RotaryEmbedding(nn.Module):
         self.cos: Tensor
         self.sin: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Rotate queries or keys (batch, heads, tokens, head_dim), in fp32, back to their dtype."""
-        tokens = x.shape[-2]
-        first, second = x.float().chunk(2, dim=-1)
-        rotated = torch.cat((-second, first), dim=-1)
-        return (x * self.cos[:tokens] + rotated * self.sin[:tokens]).to(x.dtype)
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+        """Rotate queries or keys (batch, heads, tokens, head_dim) at positions `first` …, in fp32, back to their
+        dtype."""
+        here = slice(first, first + x.shape[-2])
+        low, high = x.float().chunk(2, dim=-1)
+        return (x * self.cos[here] + torch.cat((-high, low), dim=-1) * self.sin[here]).to(x.dtype)
+
+
+class KeyValueCache:
+    """The keys and values of the tokens that an attention layer has seen, in memory for `max_tokens` of them."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens, self.length = max_tokens, 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of new tokens, (batch, heads, tokens, head_dim); returns those of all tokens."""
+        if self._keys is None or self._values is None:
+            shape = (*keys.shape[:2], self.max_tokens, keys.shape[3])
+            self._keys, self._values = keys.new_empty(shape), values.new_empty(shape)
+        end = self.length + keys.shape[2]
+        self._keys[:, :, self.length : end] = keys
+        self._values[:, :, self.length : end] = values
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch, (n,) int64: beam search."""
+        if self._keys is not None and self._values is not None:
+            self._keys, self._values = self._keys[rows], self._values[rows]
 
 
 class Attention(nn.Module):
-    """Causal self-attention, multi-head or grouped-query (Ainslie et al. 2023)."""
+    """Self-attention, multi-head or grouped-query (Ainslie et al. 2023).
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    Args:
+        cfg: d_model, n_head, bias, dropout.
+        causal: whether a token sees only those before it.
+        n_kv_head: null = n_head.
+        rotary: how positions are told, if here.
+    """
+
+    def __init__(
+        self,
+        cfg: TransformerConfig,
+        causal: bool,
+        n_kv_head: int | None = None,
+        rotary: RotaryEmbedding | None = None,
+    ) -> None:
         super().__init__()
         self.n_head = cfg.n_head
-        self.n_kv_head = cfg.n_kv_head or cfg.n_head
+        self.n_kv_head = n_kv_head or cfg.n_head
         self.head_dim = cfg.d_model // cfg.n_head
+        self.causal = causal
         self.dropout = cfg.dropout
         self.qkv = nn.Linear(cfg.d_model, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=cfg.bias)
         self.out = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
-        rotary = cfg.position == "rotary"
-        self.rotary = RotaryEmbedding(self.head_dim, cfg.max_seq_len, cfg.rope_theta) if rotary else None
+        self.rotary = rotary
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (batch, tokens, d_model), and so is the result."""
-        batch, tokens, d_model = x.shape
+    def project(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (batch, heads, tokens, head_dim), keys and values (batch, kv_heads, tokens, head_dim) of x at
+        positions `first` …"""
+        batch, tokens, _ = x.shape
         heads = self.qkv(x).view(batch, tokens, self.n_head + 2 * self.n_kv_head, self.head_dim).transpose(1, 2)
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         if self.rotary is not None:
-            q, k = self.rotary(q), self.rotary(k)
+            q, k = self.rotary(q, first), self.rotary(k, first)
+        return q, k, v
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """x: (batch, tokens, d_model), and so is the result.
+
+        Args:
+            mask: (batch, keys) boolean, True = a token, which may be attended to; only without `causal`.
+            cache: of the tokens before x, to which x is added; only with `causal`.
+        """
+        q, k, v = self.project(x, cache.length if cache is not None else 0)
+        new = q.shape[2]
+        if cache is not None:
+            k, v = cache.append(k, v)
+        visible = None if mask is None else mask[:, None, None, :]
+        if (
+            cache is not None and 1 < new < k.shape[2]
+        ):  # they see all before them
+            visible = torch.ones(new, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - new)
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
+            attn_mask=visible,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
+            is_causal=self.causal and new == k.shape[2],
             enable_gqa=self.n_kv_head != self.n_head,
         )
-        return self.out(y.transpose(1, 2).reshape(batch, tokens, d_model))
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
-    """The FFN: GELU (tanh form, as GPT-2), squared ReLU (So et al. 2021), GEGLU or SwiGLU (Shazeer 2020).
+    """The FFN: an activation between two linear layers, or a gated one (GEGLU, SwiGLU: Shazeer 2020).
 
     With `activation_sparsity` 2:4, of each four consecutive hidden features of a token at most the two largest are left
     (Haziza et al. 2025, arXiv 2503.16672), in training and evaluation. What is sparse is the input of `down`; its
     products are dense ones all the same, so this changes what is learned and saves no time.
     """
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: TransformerConfig) -> None:
         super().__init__()
         width = ffn_width(cfg)
         self.activation = cfg.activation
@@ -102,27 +171,38 @@ class FeedForward(nn.Module):
         """x: (..., d_model), and so is the result."""
         up = self.up(x)
         if self.prunes_hidden:
-            hidden = pruned_relu2(up)
-        elif self.gate is None:
-            hidden = F.relu(up).square() if self.activation == "relu2" else F.gelu(up, approximate="tanh")
-        elif self.activation == "swiglu":
-            hidden = F.silu(self.gate(x)) * up
-        else:
-            hidden = F.gelu(self.gate(x), approximate="tanh") * up
-        return self.down(hidden)
+            return self.down(pruned_relu2(up))
+        if self.gate is None:
+            return self.down(ACTIVATIONS[self.activation](up))
+        return self.down(ACTIVATIONS["silu" if self.activation == "swiglu" else "gelu"](self.gate(x)) * up)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attn(norm(x)), then x + ffn(norm(x))."""
+    """A transformer block, its norms before attention and FFN (pre) or after what they add to (post)."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: TransformerConfig, attention: Attention, norm_place: str = "pre") -> None:
         super().__init__()
         self.attn_norm = make_norm(cfg)
-        self.attn = Attention(cfg)
+        self.attn = attention
         self.ffn_norm = make_norm(cfg)
         self.ffn = FeedForward(cfg)
         self.dropout = cfg.dropout
+        self.pre = norm_place == "pre"
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + F.dropout(self.attn(self.attn_norm(x)), self.dropout, self.training)
-        return x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """x: (batch, tokens, d_model), and so is the result; `mask` and `cache` as in `Attention`."""
+        if self.pre:
+            x = x + self._drop(self.attn(self.attn_norm(x), mask, cache))
+            return x + self._drop(self.ffn(self.ffn_norm(x)))
+        x = self.attn_norm(x + self._drop(self.attn(x, mask, cache)))
+        return self.ffn_norm(x + self._drop(self.ffn(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, checkpointed: bool, **inputs: Any) -> Tensor:
+    """x through the blocks; `checkpointed` keeps only what goes into each and computes the rest again for gradients."""
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False, **inputs) if checkpointed else block(x, **inputs)
+    return x

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparse_pretrain.config import ModelConfig
+from sparse_pretrain.config_models import GPTConfig
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ModelCount:
 
 
 def count_model(
-    model: nn.Module, cfg: ModelConfig, seq_len: int, mask_logits: Collection[nn.Parameter] = ()
+    model: nn.Module, cfg: GPTConfig, seq_len: int, mask_logits: Collection[nn.Parameter] = ()
 ) -> ModelCount:
     """6 FLOP per weight of a matrix product and token (2 forward, 4 backward), plus 12 · n_layer · d_model · seq_len
     for attention (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B). Mask logits are trained beside the model

@@ -7,10 +7,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from sparse_pretrain.config import ModelConfig
-from sparse_pretrain.models.blocks import Block, make_norm
+from sparse_pretrain.config_models import GPTConfig
+from sparse_pretrain.models.blocks import Attention, Block, KeyValueCache, RotaryEmbedding, make_norm, run_blocks
 
 
 class GPT(nn.Module):
@@ -21,12 +20,12 @@ class GPT(nn.Module):
         vocab_size: rows of the embedding; at least the tokenizer's vocabulary.
     """
 
-    def __init__(self, cfg: ModelConfig, vocab_size: int) -> None:
+    def __init__(self, cfg: GPTConfig, vocab_size: int) -> None:
         super().__init__()
         self.cfg = cfg
         self.tok_embed = nn.Embedding(vocab_size, cfg.d_model)
         self.pos_embed = nn.Embedding(cfg.max_seq_len, cfg.d_model) if cfg.position == "learned" else None
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.blocks = nn.ModuleList(Block(cfg, self._attention()) for _ in range(cfg.n_layer))
         self.norm = make_norm(cfg)
         self.head = nn.Linear(cfg.d_model, vocab_size, bias=False)
         if cfg.tied_embeddings:
@@ -43,18 +42,39 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (batch, tokens) int64, at most `max_seq_len` of them; returns logits (batch, tokens, vocab)."""
+    def _attention(self) -> Attention:
+        cfg = self.cfg
+        rotary = None
+        if cfg.position == "rotary":
+            rotary = RotaryEmbedding(cfg.d_model // cfg.n_head, cfg.max_seq_len, cfg.rope_theta)
+        return Attention(cfg, causal=True, n_kv_head=cfg.n_kv_head, rotary=rotary)
+
+    def forward(self, tokens: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
+        """Logits (batch, tokens, vocab); arguments as `hidden`'s."""
+        return self.head(self.hidden(tokens, caches))
+
+    def hidden(self, tokens: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
+        """What the logits are made of, (batch, tokens, d_model).
+
+        Args:
+            tokens: (batch, tokens) int64; with those in the caches at most `max_seq_len`.
+            caches: one a block, of the tokens before these; these are added.
+        """
+        first = caches[0].length if caches is not None else 0
         x = self.tok_embed(tokens)
         if self.pos_embed is not None:
-            x = x + self.pos_embed(torch.arange(tokens.shape[1], device=tokens.device))
+            x = x + self.pos_embed(torch.arange(first, first + tokens.shape[1], device=tokens.device))
         x = F.dropout(x, self.cfg.dropout, self.training)
-        for block in self.blocks:
-            if self.cfg.activation_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return self.head(self.norm(x))
+        if caches is not None:
+            for block, cache in zip(self.blocks, caches, strict=True):
+                x = block(x, cache=cache)
+        else:
+            x = run_blocks(self.blocks, x, self.cfg.activation_checkpointing and self.training)
+        return self.norm(x)
+
+    def make_caches(self, max_tokens: int) -> list[KeyValueCache]:
+        """Empty ones, for `forward`."""
+        return [KeyValueCache(max_tokens) for _ in self.blocks]
 
     @torch.no_grad()
     def generate(

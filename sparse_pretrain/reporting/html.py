@@ -7,10 +7,10 @@ from html import escape
 from pathlib import Path
 
 from sparse_pretrain import runs as run_folder
-from sparse_pretrain.config import flatten, to_dict
 from sparse_pretrain.reporting import figures
 from sparse_pretrain.reporting.run_data import RunData, dense_first, labels
 from sparse_pretrain.reporting.table import HEADER, compare, rate
+from sparse_pretrain.schema import flatten, to_dict
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1c2226; --soft: #5d6a72; --line: #d8dee2; --page: #fff }

@@ -10,10 +10,11 @@ import yaml
 from sparse24.autograd import MvueKey
 from torch import Tensor, nn
 
-from sparse_pretrain.config import RecipeConfig, load
+from sparse_pretrain.config import RecipeConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.optim.adamw import MaskedDecay, SecondMoment
 from sparse_pretrain.paths import config_dir
+from sparse_pretrain.schema import load
 from sparse_pretrain.seeds import hash_seed
 from sparse_pretrain.sparsity.adapters import adapters_of, start_adapter
 from sparse_pretrain.sparsity.linear import SparseLinear

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import run
 from benchmarks.rows import FAILED, OK, SKIPPED
 from benchmarks.run import PARTS, Results, run_parts
-from sparse_pretrain.config import CHOICES
+from sparse_pretrain.limits import CHOICES
 
 FAKE = Path(__file__).with_name("fake_worker.py")
 

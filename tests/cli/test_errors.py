@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from sparse_pretrain import cli, config, runs
+from sparse_pretrain import cli, config, limits, runs, schema
 from sparse_pretrain.errors import UserError
 
 
@@ -36,7 +36,7 @@ def error_of(capsys, *arguments: str) -> str:
         (["train", "optimizer.lr=-1"], "optimizer.lr: found -1; allowed: at least 0"),
         (["train", "optimizer.betas=0.9"], "optimizer.betas: found 0.9; allowed: a list"),
         (["train", "optimizer.betas=[0.9]"], "optimizer.betas: found [0.9]; allowed: two numbers"),
-        (["train", "model.activation=gleu"], "model.activation: found gleu; allowed: gelu, relu2, geglu, swiglu; did you mean gelu?"),
+        (["train", "model.activation=gleu"], "model.activation: found gleu; allowed: gelu, gelu_erf, relu, silu, relu2, geglu, swiglu; did you mean gelu?"),
         (["train", "model.n_head=5"], "model.n_head: found 5; allowed: a divisor of model.d_model=128"),
         (["train", "model.n_kv_head=3"], "model.n_kv_head: found 3; allowed: a divisor of model.n_head=4"),
         (["train", "data.seq_len=512"], "data.seq_len: found 512; allowed: at most model.max_seq_len=128"),
@@ -148,20 +148,20 @@ def test_errors_and_help_come_in_about_a_second():
 
 def test_load_rejects_what_is_not_in_the_schema():
     with pytest.raises(UserError, match="recipe.name: found nothing"):
-        config.load(
+        schema.load(
             config.TrainConfig,
             {
-                "model": {"name": "a", "n_layer": 1, "n_head": 1, "d_model": 4},
-                "data": {"name": "b", "source": "stdlib"},
+                "model": {"name": "a", "family": "gpt", "n_layer": 1, "n_head": 1, "d_model": 4},
+                "data": {"name": "b", "task": "language_modeling", "source": "stdlib"},
                 "recipe": {},
             },
         )
     with pytest.raises(UserError, match="model: found 3; allowed: a group of options"):
-        config.load(config.TrainConfig, {"model": 3})
+        schema.load(config.TrainConfig, {"model": 3})
 
 
 def test_every_ranged_or_chosen_option_exists():
-    known = {option for command in cli.COMMANDS.values() for option in config.options(command.schema)}
-    assert set(config.RANGES) <= known
-    assert set(config.CHOICES) <= known
+    known = {option for command in cli.COMMANDS.values() for option in schema.options(command.schema)}
+    assert set(limits.RANGES) <= known
+    assert set(limits.CHOICES) <= known
     assert all(any(option == r or option.startswith(f"{r}.") for option in known) for r in runs.RUNTIME_OPTIONS)

@@ -7,7 +7,7 @@ import os
 import pytest
 from toy_corpora import write_corpus
 
-from sparse_pretrain.config import DataConfig
+from sparse_pretrain.config_data import TextConfig
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -26,7 +26,7 @@ def corpus_file(tmp_path):
 
 @pytest.fixture
 def make_config(corpus_file):
-    def make(**options) -> DataConfig:
+    def make(**options) -> TextConfig:
         values = {
             "name": "toy",
             "source": "text",
@@ -35,6 +35,6 @@ def make_config(corpus_file):
             "seq_len": 16,
             "num_workers": 0,
         }
-        return DataConfig(**{**values, **options})
+        return TextConfig(**{**values, **options})
 
     return make

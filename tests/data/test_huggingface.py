@@ -7,7 +7,7 @@ import json
 import pytest
 from toy_corpora import document
 
-from sparse_pretrain.config import DataConfig
+from sparse_pretrain.config_data import TextConfig
 from sparse_pretrain.data.sources import open_corpus
 from sparse_pretrain.data.token_store import prepare
 from sparse_pretrain.errors import UserError
@@ -31,9 +31,9 @@ def folder(tmp_path):
     return folder
 
 
-def config(folder, **options) -> DataConfig:
+def config(folder, **options) -> TextConfig:
     values = {"name": "hf", "source": "huggingface", "hf_path": str(folder), "vocab_size": 400, "seq_len": 16}
-    return DataConfig(**{**values, **options})
+    return TextConfig(**{**values, **options})
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -9,15 +9,15 @@ import time
 import pytest
 from toy_corpora import document, write_corpus
 
-from sparse_pretrain.config import DataConfig
+from sparse_pretrain.config_data import TextConfig
 from sparse_pretrain.data import corpus as corpus_module
 from sparse_pretrain.data import files, sources
 from sparse_pretrain.data.sources import _stdlib_corpus, open_corpus, stdlib_documents
 from sparse_pretrain.errors import UserError
 
 
-def text_config(train, **options) -> DataConfig:
-    return DataConfig(name="t", source="text", train=[str(path) for path in train], **options)
+def text_config(train, **options) -> TextConfig:
+    return TextConfig(name="t", source="text", train=[str(path) for path in train], **options)
 
 
 def splits(corpus) -> tuple[list[str], list[str]]:
@@ -28,7 +28,7 @@ def splits(corpus) -> tuple[list[str], list[str]]:
 
 
 def test_stdlib_is_sizeable_quick_deterministic_and_disjoint():
-    cfg = DataConfig(name="stdlib", source="stdlib")
+    cfg = TextConfig(name="stdlib", source="stdlib")
     start = time.perf_counter()
     corpus = open_corpus(cfg)
     assert time.perf_counter() - start < 5
@@ -205,6 +205,6 @@ def test_an_empty_folder_is_named(tmp_path):
 
 def test_unknown_source_and_share():
     with pytest.raises(UserError, match=r"data\.source.*did you mean stdlib"):
-        open_corpus(DataConfig(name="x", source="stdlb"))
+        open_corpus(TextConfig(name="x", source="stdlb"))
     with pytest.raises(UserError, match=r"data\.validation_share"):
-        open_corpus(DataConfig(name="x", source="stdlib", validation_share=0.5))
+        open_corpus(TextConfig(name="x", source="stdlib", validation_share=0.5))

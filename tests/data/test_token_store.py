@@ -21,7 +21,7 @@ from sparse_pretrain.errors import UserError
 
 BUILD = """
 import sys, time
-from sparse_pretrain.config import DataConfig
+from sparse_pretrain.config_data import TextConfig
 from sparse_pretrain.data import token_store
 token_store.SHARD_CHARACTERS = 4000
 encode, pause = token_store._encode, float(sys.argv[2])
@@ -29,7 +29,7 @@ def slow(*args):
     time.sleep(pause)
     return encode(*args)
 token_store._encode = slow
-cfg = DataConfig(name="toy", source="text", train=[sys.argv[1]], vocab_size=400, seq_len=16)
+cfg = TextConfig(name="toy", source="text", train=[sys.argv[1]], vocab_size=400, seq_len=16)
 print(token_store.prepare(cfg).digest)
 """
 

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from sparse24.reference import magnitude_mask
 
 from sparse_pretrain import crosscheck
-from sparse_pretrain.config import ModelConfig
+from sparse_pretrain.config_models import GPTConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.models.blocks import FeedForward
 from sparse_pretrain.models.gpt import GPT
 
-SPARSE = ModelConfig(
+SPARSE = GPTConfig(
     name="tiny", n_layer=2, n_head=4, d_model=32, max_seq_len=16, activation="relu2", activation_sparsity="2:4"
 )
 

@@ -6,14 +6,15 @@ import pytest
 import torch
 import yaml
 
-from sparse_pretrain.config import ModelConfig, load
+from sparse_pretrain.config_models import GPTConfig
 from sparse_pretrain.models.blocks import RotaryEmbedding, ffn_width
 from sparse_pretrain.models.count import count_model
 from sparse_pretrain.models.gpt import GPT
 from sparse_pretrain.paths import config_dir
+from sparse_pretrain.schema import load
 from sparse_pretrain.sparsity import load_recipe, sparsify
 
-TINY = ModelConfig(name="tiny", n_layer=2, n_head=4, d_model=32, max_seq_len=16)
+TINY = GPTConfig(name="tiny", n_layer=2, n_head=4, d_model=32, max_seq_len=16)
 VARIANTS = {
     "gpt2": {},
     "gpt2-bias-untied": {"bias": True, "tied_embeddings": False},
@@ -95,7 +96,7 @@ def test_rotary_scores_depend_on_distance_only():
     ],
 )
 def test_sizes_are_as_named(name, millions):
-    cfg = load(ModelConfig, yaml.safe_load((config_dir() / "model" / f"{name}.yaml").read_text()))
+    cfg = load(GPTConfig, yaml.safe_load((config_dir() / "model" / f"{name}.yaml").read_text()))
     vocab = {"llama_1b": 128256, "llama_7b": 32000}.get(name, 50304)
     with torch.device("meta"):
         gpt = GPT(cfg, vocab)

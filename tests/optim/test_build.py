@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_pretrain.config import ModelConfig, OptimizerConfig
+from sparse_pretrain.config import OptimizerConfig
+from sparse_pretrain.config_models import GPTConfig
 from sparse_pretrain.models.gpt import GPT
 from sparse_pretrain.optim.adamw import AdamW, MaskedDecay, SecondMoment
 from sparse_pretrain.optim.build import build_optimizers
@@ -13,7 +14,7 @@ from sparse_pretrain.sparsity import load_recipe, sparsify
 
 
 def gpt(**changes) -> GPT:
-    return GPT(ModelConfig(name="tiny", n_layer=1, n_head=2, d_model=16, max_seq_len=8, bias=True, **changes), 64)
+    return GPT(GPTConfig(name="tiny", n_layer=1, n_head=2, d_model=16, max_seq_len=8, bias=True, **changes), 64)
 
 
 def names(model, optimizer):

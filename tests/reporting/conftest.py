@@ -9,15 +9,10 @@ import pytest
 import yaml
 
 from sparse_pretrain import runs
-from sparse_pretrain.config import (
-    DataConfig,
-    ModelConfig,
-    RecipeConfig,
-    ScheduleConfig,
-    TrainConfig,
-    TrainerConfig,
-    to_dict,
-)
+from sparse_pretrain.config import RecipeConfig, ScheduleConfig, TrainConfig, TrainerConfig
+from sparse_pretrain.config_data import TextConfig
+from sparse_pretrain.config_models import GPTConfig
+from sparse_pretrain.schema import to_dict
 
 RECIPES = {
     "dense": RecipeConfig(name="dense"),
@@ -83,8 +78,8 @@ def make_run(tmp_path):
 
     def make(recipe, val_loss=4.0, until=None, name=None, seed=1, device="CPU, 2 threads", layer_prefix=""):
         cfg = TrainConfig(
-            model=ModelConfig(name="gpt_nano", n_layer=4, n_head=4, d_model=128),
-            data=DataConfig(name="stdlib", source="stdlib", seq_len=256),
+            model=GPTConfig(name="gpt_nano", n_layer=4, n_head=4, d_model=128),
+            data=TextConfig(name="stdlib", source="stdlib", seq_len=256),
             recipe=RECIPES[recipe],
             trainer=TrainerConfig(steps=400, batch_size=8, log_every=10, eval_every=50),
             seed=seed,

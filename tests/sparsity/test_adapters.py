@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sparse_pretrain.config import AdapterConfig, ModelConfig, RecipeConfig
+from sparse_pretrain.config import AdapterConfig, RecipeConfig
+from sparse_pretrain.config_models import GPTConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.models.count import count_model
 from sparse_pretrain.sparsity import SparseLinear
@@ -485,7 +486,7 @@ def test_attach_refuses_another_shape_and_a_second_adapter():
 @every_kind
 def test_flop_count_sees_the_products(cfg):
     """6 FLOP per weight and token; sums over fixed groups are additions, and not counted."""
-    model = ModelConfig(name="none", n_layer=0, n_head=1, d_model=IN)
+    model = GPTConfig(name="none", n_layer=0, n_head=1, d_model=IN)
     layer = trained(cfg)
     weights = {
         "lora": cfg.rank * (IN + OUT),

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_pretrain.config import AdapterConfig, DecayConfig, ModelConfig, RecipeConfig, ScheduleConfig
+from sparse_pretrain.config import AdapterConfig, DecayConfig, RecipeConfig, ScheduleConfig
+from sparse_pretrain.config_models import GPTConfig
 from sparse_pretrain.models.gpt import GPT
 from sparse_pretrain.sparsity import SparseTraining, densify, load_recipe, sparsify
 from sparse_pretrain.sparsity.adapters import adapters_of
@@ -135,7 +136,7 @@ def test_adapters_beside_every_recipe(name, adapter):
 
 def gpt():
     torch.manual_seed(0)
-    return GPT(ModelConfig(name="tiny", n_layer=2, n_head=2, d_model=16, max_seq_len=8), 32)
+    return GPT(GPTConfig(name="tiny", n_layer=2, n_head=2, d_model=16, max_seq_len=8), 32)
 
 
 EVERY_PART = {

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_pretrain.config import ModelConfig, RecipeConfig
+from sparse_pretrain.config import RecipeConfig
+from sparse_pretrain.config_models import GPTConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.models.gpt import GPT
 from sparse_pretrain.sparsity import SparseLinear, densify, load_recipe, sparsify
 from sparse_pretrain.sparsity.packed import pack_model
 
-CONFIG = ModelConfig(name="tiny", n_layer=2, n_head=2, d_model=16, max_seq_len=8)
+CONFIG = GPTConfig(name="tiny", n_layer=2, n_head=2, d_model=16, max_seq_len=8)
 FFN = ["blocks.0.ffn.up", "blocks.0.ffn.down", "blocks.1.ffn.up", "blocks.1.ffn.down"]
 
 

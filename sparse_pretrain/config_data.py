@@ -1,0 +1,113 @@
+"""The options of data: one dataclass a task, chosen by `data.task`. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sparse_pretrain.schema import Family
+
+
+@dataclass(kw_only=True)
+class DataConfig(Family):
+    """What every data set has."""
+
+    name: str
+    task: str
+    num_workers: int = 2  # processes that load batches
+
+
+@dataclass(kw_only=True)
+class TextConfig(DataConfig):
+    """A corpus, its tokenizer, and how sequences are cut from it: for decoders and encoders in pre-training."""
+
+    task: str = "language_modeling"
+    source: str
+    train: list[str] = field(default_factory=list)  # text: files, folders or globs
+    validation: list[str] = field(default_factory=list)  # text: the same; empty = held out from train
+    validation_share: float = 0.05  # of the documents, where there is no validation split
+    hf_path: str | None = None
+    hf_config: str | None = None
+    hf_train_split: str = "train"
+    hf_validation_split: str | None = None  # null = held out from train
+    hf_text_column: str = "text"
+    hf_streaming: bool = False
+    max_documents: int | None = None
+    tokenizer: str = "bpe"  # train a byte-level BPE (or wordpiece) on the corpus, or the path of a tokenizer.json
+    vocab_size: int = 32768  # of the tokenizer to train
+    seq_len: int = 1024
+
+
+@dataclass(kw_only=True)
+class ExamplesConfig(DataConfig):
+    """Labelled examples, from files or from a Hugging Face data set."""
+
+    format: str
+    train: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list)
+    validation_share: float = 0.05  # of the examples, where there is no validation split
+    hf_path: str | None = None
+    hf_config: str | None = None
+    hf_train_split: str = "train"
+    hf_validation_split: str | None = None
+    max_examples: int | None = None  # of each split
+
+
+@dataclass(kw_only=True)
+class PairsConfig(ExamplesConfig):
+    """A text and what it becomes: translation, or generation from a description."""
+
+    task: str = "text_to_text"
+    source_column: str = "source"
+    target_column: str = "target"
+    tokenizer: str = "bpe"
+    vocab_size: int = 32768
+    max_source_len: int = 128  # tokens; longer texts are cut
+    max_target_len: int = 128
+    label_smoothing: float = 0.0
+
+
+@dataclass(kw_only=True)
+class ImagesConfig(ExamplesConfig):
+    """Images and their classes."""
+
+    task: str = "image_classification"
+    image_column: str = "image"
+    label_column: str = "label"
+    image_size: int = 224
+    channels: int = 3
+    flip: bool = True  # left to right, half of the images
+    crop_padding: int = 0  # pixels around an image before a random crop of its size
+    mixup: float = 0.0  # alpha of the Beta distribution; 0 = off
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+
+
+@dataclass(kw_only=True)
+class SentencesConfig(ExamplesConfig):
+    """Sentences, or pairs of them, and their classes or scores: GLUE's tasks."""
+
+    task: str = "text_classification"
+    glue_task: str = "sst2"
+    tokenizer: str | None = None  # null = the checkpoint's
+    seq_len: int = 128
+
+
+@dataclass(kw_only=True)
+class QuestionsConfig(ExamplesConfig):
+    """Questions whose answers are spans of a context: SQuAD v1.1."""
+
+    task: str = "question_answering"
+    tokenizer: str | None = None  # null = the checkpoint's
+    seq_len: int = 384
+    stride: int = 128  # tokens shared by two windows over a long context
+    max_query_len: int = 64
+
+
+DataConfig.family_option = "task"
+DataConfig.families = {
+    "language_modeling": TextConfig,
+    "text_to_text": PairsConfig,
+    "image_classification": ImagesConfig,
+    "text_classification": SentencesConfig,
+    "question_answering": QuestionsConfig,
+}
