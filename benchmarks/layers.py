@@ -16,7 +16,7 @@ from benchmarks import peer_torch, shapes
 from benchmarks.bench import Arm, Bench, Case, free, relative_error
 from benchmarks.shapes import Model
 from benchmarks.timing import Call, sets_needed
-from sparse_pretrain.models.blocks import Block, FeedForward
+from sparse_pretrain.models.blocks import Attention, Block, FeedForward
 from sparse_pretrain.paths import config_dir
 from sparse_pretrain.sparsity import SparseLinear, SparseTraining, load_recipe, sparsify
 from sparse_pretrain.sparsity.products import apply_plans, choose_plans
@@ -74,7 +74,7 @@ class _Net(nn.Module):
         if part == FFN:
             self.ffn = FeedForward(cfg)
         else:
-            self.block = Block(cfg)
+            self.block = Block(cfg, Attention(cfg, causal=True))
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -105,7 +105,8 @@ def make_sparse(
     if dense_products:
         plans = {name: Plan() for name, layer in net.named_modules() if isinstance(layer, SparseLinear)}
     else:
-        plans, _ = choose_plans(net, tokens, bench.dtype, bench.device, micro_batches, "auto", bench.cache)
+        rows = {name: tokens for name, layer in net.named_modules() if isinstance(layer, SparseLinear)}
+        plans, _ = choose_plans(net, rows, bench.dtype, bench.device, micro_batches, "auto", bench.cache)
     apply_plans(net, plans, bench.dtype)
     training = SparseTraining(net, recipe, total_steps=1_000_000, seed=1)
     training.prepare(0)

@@ -25,6 +25,7 @@ TITLES = {
     "ffn": "The FFN",
     "step": "Whole training steps",
     "block": "A transformer block, forward and backward",
+    "inference": "Generating text: prefill and decode",
 }
 EXPLANATIONS = {
     "ceilings": "Bytes read and written per second by a large copy, and operations per second of large dense products"
@@ -42,9 +43,15 @@ EXPLANATIONS = {
     " refreshes. On a GPU all arms run under torch.compile, block by block; dense has torch's fused AdamW. Peak memory"
     " is that of an arm alone.",
     "block": "As the FFN, with attention, norms and residuals, which stay dense.",
+    "inference": "Prefill: the prompts' tokens in one pass. Decode: one new token for each text, with the keys and"
+    " values of those before in a cache. `1 x 2048` is 1 text of 2048 tokens. All weights are held in the dtype of the"
+    " products; `dense` has no masks, in all others the FFNs are 2:4 and packed. `row-major`: with few tokens Triton's"
+    " kernel reads them as they are, with many they are rebuilt for each product. The floor of a decoded token is"
+    " reading all weights and the cache, that of a prefill the products of the blocks.",
 }
 COLOURS = ("#4878a8", "#d1603d", "#6a9f58", "#8a63a8", "#c2a23a", "#5ba8a0", "#a85a7a", "#7a7a7a")
 DENSE = "#b9bec3"
+LEFT = ("ffn", "step", "block", "inference")  # of the picture
 MOST_BARS = 70  # in one panel
 
 
@@ -165,6 +172,8 @@ def more(row: Row, rows: Sequence[Row]) -> str:
         parts.append(text)
     if extra.get("tokens") and row.ms:
         parts.append(f"{extra['tokens'] / row.ms * 1e3:,.0f} tokens/s")
+    if extra.get("weights_mb"):
+        parts.append(f"weights {extra['weights_mb']:,.1f} MB")
     if extra.get("parameters"):
         parts.append(f"{extra['parameters'] / 1e6:.1f} M parameters")
     if extra.get("peak_memory_gb"):
@@ -227,7 +236,7 @@ def summary(results: Results, most: int) -> str:
     if results.pretraining.get("runs"):
         lines += ["-- pre-training", *(line.strip("| ") for line in _pretraining(results)[4:])]
     # what is most wanted first: the end may be cut off
-    for part in ("ceilings", "ffn", "step", "block", "operators", "products"):
+    for part in ("ceilings", "ffn", "step", "block", "inference", "operators", "products"):
         cases: dict[str, list[Row]] = {}
         for row in results.rows:
             if row.part == part and row.status == OK and not row.extra.get("check"):
@@ -261,13 +270,13 @@ def _best(part: str, rows: list[Row]) -> str:
 def picture(results: Results) -> Figure | None:
     """Ratios to dense as bars, a line at 1 and a mark at the floor; operators in per cent of their floor."""
     panels: list[tuple[str, list[Row]]] = []
-    for part in ("ffn", "step", "block", "products", "operators"):
+    for part in ("ffn", "step", "block", "inference", "products", "operators"):
         rows = _shown(part, results.rows)
         if rows:
             panels.append((part, rows))
     if not panels:
         return None
-    columns = [[p for p in panels if p[0] in side] for side in (("ffn", "step", "block"), ("products", "operators"))]
+    columns = [[p for p in panels if p[0] in side] for side in (LEFT, ("products", "operators"))]
     columns = [column for column in columns if column]
     heights = [[_height(rows) for _, rows in column] for column in columns]
     tall = max(sum(column) + 1.1 * len(column) for column in heights)

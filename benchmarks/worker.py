@@ -21,7 +21,7 @@ import torch
 from sparse24.backends import BACKENDS
 from sparse24.backends.base import Product
 
-from benchmarks import ceilings, gemms, layers, machine, operators, pretrain, products, step
+from benchmarks import ceilings, gemms, inference, layers, machine, operators, pretrain, products, step
 from benchmarks.bench import Bench, Case, DeviceLost, Unavailable, first_line, free
 from benchmarks.rows import FAILED, SKIPPED, UNAVAILABLE, WRONG, Row
 
@@ -33,6 +33,7 @@ PARTS = {
     "ffn": layers.ffn_cases,
     "step": step.cases,
     "block": layers.block_cases,
+    "inference": inference.cases,
     "pretrain": pretrain.cases,
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -27,20 +28,29 @@ if TYPE_CHECKING:
 class Command:
     schema: type
     summary: str
+    module: str = ""  # in which it is, if not in one of its own name
 
 
 COMMANDS = {
     "train": Command(config.TrainConfig, "pre-train a model, dense or 2:4 sparse; without options: a comparison"),
+    "finetune": Command(config.FinetuneConfig, "train a trained model on a task: GLUE, SQuAD, translation, images, …"),
     "decay-search": Command(config.DecaySearchConfig, "find the decay factor of a run by the flip rates of short ones"),
     "compare": Command(
         config.CompareConfig, "recipes on equal budgets: each with several seeds, then table and picture"
     ),
     "evaluate": Command(config.EvaluateConfig, "loss and perplexity of a checkpoint"),
     "generate": Command(config.GenerateConfig, "text from a checkpoint"),
+    "export": Command(config.ExportConfig, "a checkpoint as a folder for transformers, lm-eval and PEFT"),
     "report": Command(config.ReportConfig, "an HTML page of one or more runs"),
+    "prune": Command(config.PruneConfig, "prune a trained model once, layer by layer: Wanda, SparseGPT, OATS"),
+    "inspect": Command(
+        config.InspectConfig, "attention sinks, outliers, masks and spectra of checkpoints, side by side", "inspection"
+    ),
     "doctor": Command(config.DoctorConfig, "what this machine can do"),
+    "sparsest": Command(config.SparsestConfig, "the sparsest networks that solve a small task, against pruning"),
     "bench": Command(config.BenchConfig, "how fast 2:4 operators, layers and training steps are on this machine"),
 }
+TRAINING = ("train", "finetune")  # commands that make a run folder
 # What `train` does without any option.
 DEFAULT_TRAIN = ["-m", "recipe=dense,ste,fst"]
 
@@ -72,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def file_name(command: str) -> str:
-    """Of the module and of the config."""
+    """Of the config, and of the module if `COMMANDS` does not say another."""
     return command.replace("-", "_")
 
 
@@ -91,7 +101,8 @@ def execute(name: str, options: list[str]) -> None:
         _compare(options)
         return
     jobs = _preflight(name, options)
-    command = importlib.import_module(f"sparse_pretrain.{file_name(name)}") if jobs else None
+    module = COMMANDS[name].module or file_name(name)
+    command = importlib.import_module(f"sparse_pretrain.{module}") if jobs else None
     _finish(name, command, *_run_jobs(name, options, command))
 
 
@@ -122,7 +133,7 @@ def _compare(options: list[str]) -> None:
 
 
 def _finish(name: str, command: Any, results: list[Path], failures: list[int]) -> None:
-    if name == "train" and results:
+    if name in TRAINING and results:
         command.finish(results)
     if failures:
         sys.exit(failures[0])
@@ -138,8 +149,9 @@ def _run_jobs(name: str, options: list[str], command: Any) -> tuple[list[Path], 
         from hydra.core.hydra_config import HydraConfig
 
         try:
-            # A run records the overrides it was composed from: the command that continues it.
-            extra = [HydraConfig.get().overrides.task] if name == "train" else []
+            # A run records the command that continues it.
+            overrides = HydraConfig.get().overrides.task
+            extra = [shlex.join(["sparse-pretrain", name, *overrides])] if name in TRAINING else []
             results.append(command.run(schema.load(COMMANDS[name].schema, _plain(cfg)), *extra))
         except Exception as error:
             exit_code = getattr(error, "exit_code", None)

@@ -130,7 +130,7 @@ class Comparison:
         with runs.writing(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
 
-    def run(self, cfg: TrainConfig, overrides: Sequence[str] = ()) -> Path:
+    def run(self, cfg: TrainConfig, command: str = "") -> Path:
         """Train one run, or go on with it, or do nothing where it is complete; returns its folder.
 
         Raises:
@@ -142,7 +142,7 @@ class Comparison:
             left = seconds_left(self.planned)
             time = f"; about {duration(left)} of training to go" if left is not None else ""
             print(f"\nrun {number} of {len(self.planned)}: {cfg.recipe.name}, seed {cfg.seed}{time}", flush=True)
-        return train.run(cfg, overrides)
+        return train.run(cfg, command)
 
     def finish(self, _: Sequence[Path]) -> None:
         """Show and write what came out.

@@ -52,6 +52,7 @@ class AdapterConfig:
 
     kind: str = "none"
     rank: int = 8  # lora
+    rank_share: float | None = None  # lora: in place of rank: the share of a layer's weights that its adapter may have
     alpha: float = 16.0  # lora: the adapter's output is scaled by alpha / rank
     init: str | None = None  # null = lora: kaiming, else normal; slorb: mean, else sum
     group: int = 16  # slorb: inputs that share one weight
@@ -179,6 +180,27 @@ class TrainConfig:
 
 
 @dataclass
+class FinetuneConfig:
+    """A training run that starts from a trained model, on data of a task of its own."""
+
+    checkpoint: str  # a run, checkpoint or Hugging Face folder
+    data: DataConfig
+    recipe: RecipeConfig
+    epochs: float | None = 3.0  # null = trainer.steps says how long
+    warmup_share: float = 0.1  # of the steps, in place of scheduler.warmup_steps
+    dropout: float | None = None  # null = the checkpoint's
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    seed: int = 1
+    name: str | None = None  # null = MODEL-DATA-RECIPE
+    runs_dir: str = "runs"
+    run_dir: str | None = None  # null = RUNS_DIR/NAME-HASH
+    resume: str = "auto"
+
+
+@dataclass
 class CompareConfig(TrainConfig):
     """Training runs of several recipes and seeds: the options of each, and of their comparison."""
 
@@ -204,12 +226,16 @@ class DecaySearchConfig(TrainConfig):
 
 @dataclass
 class EvaluateConfig:
-    """Loss and perplexity of a checkpoint."""
+    """How good a checkpoint is at what it learned."""
 
-    checkpoint: str  # a run folder (its newest checkpoint) or a checkpoint folder
+    checkpoint: str  # a run folder (its newest checkpoint), a checkpoint folder or a Hugging Face folder
     weights: str = "auto"
     split: str = "validation"
     text: list[str] = field(default_factory=list)  # files, folders or globs to use in place of the run's corpus
+    wikitext: bool = False  # they are WikiText's: undo its tokenization, and one text without marks of its end
+    seq_len: int | None = None  # tokens read at once; null = as in training
+    stride: int | None = None  # tokens by which windows move on; null = seq_len: they do not overlap
+    beams: int = 4  # of the search for generated texts
     teacher: str | None = None  # a run, checkpoint or Hugging Face folder: how often it accepts this model's tokens
     batches: int | None = None  # null = the whole split
     batch_size: int = 16
@@ -221,13 +247,67 @@ class EvaluateConfig:
 class GenerateConfig:
     """Text from a checkpoint."""
 
-    checkpoint: str
+    checkpoint: str  # a run folder (its newest checkpoint), a checkpoint folder or a Hugging Face folder
     prompt: str = "def "
+    prompts: str | None = None  # a file with a prompt a line, in place of `prompt`
     max_new_tokens: int = 200
-    temperature: float = 0.8
+    temperature: float | None = None  # null = 0.8 to continue a text, 0 to make another one of it
     top_k: int | None = 50
+    beams: int = 1
+    length_penalty: float = 1.0  # beams: the power of a text's length that its log probability is divided by
+    batch_size: int = 16
+    weights: str = "auto"
+    backend: str = "auto"  # what multiplies packed weights
+    precision: str = "auto"
     seed: int = 1
     accelerator: str = "auto"
+
+
+@dataclass
+class PruneConfig:
+    """One-shot pruning of a trained model."""
+
+    checkpoint: str  # a run folder (its newest checkpoint), a checkpoint folder or a Hugging Face folder
+    method: str = "sparsegpt"
+    pattern: str = "2:4"  # N:M, or the share of the weights to prune
+    include: list[str] | None = None  # layer name patterns; null = all linear layers and convolutions of the blocks
+    exclude: list[str] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)  # calibration: files, folders or globs; empty = the run's own data
+    samples: int = 128  # sequences, or examples, of calibration data
+    seq_len: int | None = None  # null = the run's own, or 512
+    rank_ratio: float = 0.25  # oats: the low-rank part's share of what is left
+    iterations: int = 80  # oats
+    svd: str = "exact"  # oats
+    seed: int = 1  # of the choice of samples, and of a randomized svd
+    out: str | None = None  # null = beside the checkpoint's folder, as NAME-METHOD-PATTERN
+    batch_size: int = 8
+    accelerator: str = "auto"
+
+
+@dataclass
+class InspectConfig:
+    """What goes on inside checkpoints: attention sinks, outlier features, masks, spectra of what is pruned."""
+
+    checkpoints: list[str] = field(default_factory=list)  # run, checkpoint or Hugging Face folders
+    reference: str | None = None  # the same of the model before pruning; null = each one's own master weights
+    text: list[str] = field(default_factory=list)  # files, folders or globs; empty = the first run's validation split
+    sequences: int = 100
+    seq_len: int = 64
+    threshold: float = 0.3  # of the mean attention to a token, above which it is a sink
+    batch_size: int = 16
+    out: str = "inspect"  # folder
+    accelerator: str = "auto"
+
+
+@dataclass
+class ExportConfig:
+    """A trained model as a folder that other libraries load."""
+
+    checkpoint: str  # a run folder (its newest checkpoint), a checkpoint folder, a Hugging Face folder or a .gguf file
+    out: str  # a new folder
+    format: str = "dense"
+    adapters: str | None = None  # null = there are none
+    dtype: str | None = None  # null = the checkpoint's
 
 
 @dataclass
@@ -253,4 +333,63 @@ class BenchConfig:
     part: list[str] = field(default_factory=list)  # empty = all but pretrain
     minutes: float = 10.0
     out: str = "benchmarks/results"
+    accelerator: str = "auto"
+
+
+@dataclass
+class SpiralTrainingConfig:
+    """How every network of the sparsest-model experiment is trained."""
+
+    epochs: int = 8
+    batch_size: int = 128
+    lrs: list[float] = field(default_factory=lambda: [0.1, 0.05])
+    schedules: list[str] = field(default_factory=lambda: ["cosine"])
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+
+@dataclass
+class SpiralSearchConfig:
+    """The search for the sparsest network."""
+
+    structure: list[int] = field(default_factory=list)  # hidden neurons to search within; empty = the smallest that do
+    max_neurons: int = 8  # of a hidden layer, in the search for these
+    width: int | None = None  # of the network whose fan-in scales initial weights; null = of each structure itself
+    structure_draws: int = 64
+    mask_draws: int = 1
+    masks_per_count: int | None = None  # masks drawn for each number of weights; null = every mask there is
+    max_weights: int | None = None  # of a mask; null = all of the structure
+    finalists: int = 10
+    finalist_draws: int = 16
+
+
+@dataclass
+class SpiralPruningConfig:
+    """What the search is compared with."""
+
+    methods: list[str] = field(
+        default_factory=lambda: [
+            *("magnitude", "snip", "synflow", "one_shot", "gmp", "imp", "rigl", "ste", "sr_ste", "transposable"),
+        ]
+    )
+    widths: list[int] = field(default_factory=lambda: [4, 8, 16])
+    targets: list[int] = field(default_factory=lambda: [16, 20, 24, 28, 32, 40, 50, 64])  # weights to keep
+    patterns: list[str] = field(default_factory=lambda: ["2:4", "1:4"])
+    draws: int = 8
+    rounds: int = 5
+    decay: float = 2e-4
+
+
+@dataclass
+class SparsestConfig:
+    """The sparsest networks for the Cubist Spiral, and what pruning finds."""
+
+    target: float = 0.95  # accuracy
+    points: int = 50_000
+    training: SpiralTrainingConfig = field(default_factory=SpiralTrainingConfig)
+    search: SpiralSearchConfig = field(default_factory=SpiralSearchConfig)
+    pruning: SpiralPruningConfig = field(default_factory=SpiralPruningConfig)
+    seed: int = 1
+    runs_dir: str = "runs"
+    out: str | None = None  # null = RUNS_DIR/sparsest-HASH
     accelerator: str = "auto"

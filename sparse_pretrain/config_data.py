@@ -15,6 +15,11 @@ class DataConfig(Family):
     task: str
     num_workers: int = 2  # processes that load batches
 
+    @property
+    def tokens_per_example(self) -> int:
+        """Of a text with its padding; an image counts as one."""
+        return 1
+
 
 @dataclass(kw_only=True)
 class TextConfig(DataConfig):
@@ -36,19 +41,23 @@ class TextConfig(DataConfig):
     vocab_size: int = 32768  # of the tokenizer to train
     seq_len: int = 1024
 
+    @property
+    def tokens_per_example(self) -> int:
+        return self.seq_len
+
 
 @dataclass(kw_only=True)
 class ExamplesConfig(DataConfig):
-    """Labelled examples, from files or from a Hugging Face data set."""
+    """Examples with what they become or are: from files, or where `train` names none from a Hugging Face data set."""
 
-    format: str
-    train: list[str] = field(default_factory=list)
-    validation: list[str] = field(default_factory=list)
+    train: list[str] = field(default_factory=list)  # files or globs, in the forms that docs/data.md lists
+    validation: list[str] = field(default_factory=list)  # the same; empty = held out from train
     validation_share: float = 0.05  # of the examples, where there is no validation split
     hf_path: str | None = None
     hf_config: str | None = None
+    hf_revision: str | None = None  # a branch or commit; refs/convert/parquet = the Hub's own copy as data files
     hf_train_split: str = "train"
-    hf_validation_split: str | None = None
+    hf_validation_split: str | None = None  # null = held out from train
     max_examples: int | None = None  # of each split
 
 
@@ -57,13 +66,18 @@ class PairsConfig(ExamplesConfig):
     """A text and what it becomes: translation, or generation from a description."""
 
     task: str = "text_to_text"
-    source_column: str = "source"
+    format: str = "lines"  # of the files: lines of two files side by side, csv, jsonl, wikisql
+    source_column: str = "source"  # csv, jsonl and Hugging Face; a dot reaches into a column: translation.en
     target_column: str = "target"
-    tokenizer: str = "bpe"
-    vocab_size: int = 32768
-    max_source_len: int = 128  # tokens; longer texts are cut
+    tokenizer: str | None = "bpe"  # train one on both sides (bpe, wordpiece), or a path; null = the checkpoint's
+    vocab_size: int = 32768  # of the tokenizer to train
+    max_source_len: int = 128  # tokens, with those that frame a text; longer texts are cut
     max_target_len: int = 128
     label_smoothing: float = 0.0
+
+    @property
+    def tokens_per_example(self) -> int:
+        return self.max_source_len + self.max_target_len
 
 
 @dataclass(kw_only=True)
@@ -71,10 +85,10 @@ class ImagesConfig(ExamplesConfig):
     """Images and their classes."""
 
     task: str = "image_classification"
-    image_column: str = "image"
+    image_column: str = "image"  # of a Hugging Face data set
     label_column: str = "label"
     image_size: int = 224
-    channels: int = 3
+    channels: int = 3  # 1 or 3
     flip: bool = True  # left to right, half of the images
     crop_padding: int = 0  # pixels around an image before a random crop of its size
     mixup: float = 0.0  # alpha of the Beta distribution; 0 = off
@@ -88,8 +102,12 @@ class SentencesConfig(ExamplesConfig):
 
     task: str = "text_classification"
     glue_task: str = "sst2"
-    tokenizer: str | None = None  # null = the checkpoint's
-    seq_len: int = 128
+    tokenizer: str | None = None  # a path; null = the checkpoint's
+    seq_len: int = 128  # tokens; longer texts are cut
+
+    @property
+    def tokens_per_example(self) -> int:
+        return self.seq_len
 
 
 @dataclass(kw_only=True)
@@ -97,10 +115,14 @@ class QuestionsConfig(ExamplesConfig):
     """Questions whose answers are spans of a context: SQuAD v1.1."""
 
     task: str = "question_answering"
-    tokenizer: str | None = None  # null = the checkpoint's
+    tokenizer: str | None = None  # a path; null = the checkpoint's
     seq_len: int = 384
     stride: int = 128  # tokens shared by two windows over a long context
-    max_query_len: int = 64
+    max_query_len: int = 64  # tokens; longer questions are cut
+
+    @property
+    def tokens_per_example(self) -> int:
+        return self.seq_len
 
 
 DataConfig.family_option = "task"

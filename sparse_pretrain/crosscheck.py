@@ -14,9 +14,11 @@ from sparse_pretrain.config import (
     TrainConfig,
     TrainerConfig,
 )
-from sparse_pretrain.config_models import GPTConfig
+from sparse_pretrain.config_data import DataConfig, ImagesConfig, PairsConfig, TextConfig
+from sparse_pretrain.config_models import GPTConfig, ModelConfig, Seq2SeqConfig, TransformerConfig, ViTConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.limits import CHOICES, parse_pattern
+from sparse_pretrain.objective import CAUSAL_LM, IMAGE_CLASSIFICATION, objective_of
 
 # Projections whose masks follow the weights, so that the weights' decay shows in the flip rate.
 _FOLLOWS_WEIGHTS = ["magnitude", "transposable", "soft_threshold", "metric"]
@@ -28,14 +30,10 @@ def check(cfg: TrainConfig) -> None:
     Raises:
         UserError: for the first combination that cannot work.
     """
-    model, data, trainer = cfg.model, cfg.data, cfg.trainer
-    _check_model(model)
-    if data.seq_len > model.max_seq_len:
-        raise UserError("data.seq_len", data.seq_len, f"at most model.max_seq_len={model.max_seq_len}")
-    if data.source == "text" and not data.train:
-        raise UserError("data.train", "nothing", "a list of files, folders or globs, as data.train=[corpus/*.txt]")
-    if data.source == "huggingface" and not data.hf_path:
-        raise UserError("data.hf_path", "nothing", "the name of a Hugging Face dataset, or a local folder")
+    trainer = cfg.trainer
+    _check_model(cfg.model)
+    learns = objective_of(cfg)
+    _check_data(cfg.model, cfg.data)
     if len(cfg.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optimizer.betas):
         raise UserError("optimizer.betas", cfg.optimizer.betas, "two numbers, each at least 0 and below 1")
     if cfg.scheduler.warmup_steps > trainer.steps:
@@ -49,7 +47,7 @@ def check(cfg: TrainConfig) -> None:
                     option, f"{start} with resume={cfg.resume}, which brings its own weights", "one of them"
                 )
     _check_recipe(cfg)
-    _check_teacher(cfg)
+    _check_teacher(cfg, learns)
     _check_batch(trainer)
     if isinstance(cfg, DecaySearchConfig):
         sample_step(cfg, cfg.search)
@@ -59,17 +57,20 @@ def check(cfg: TrainConfig) -> None:
         raise UserError("name", repr(cfg.name), "letters, digits, '.', '_' and '-'")
 
 
-def _check_model(model: GPTConfig) -> None:
+def _check_model(model: ModelConfig) -> None:
+    if isinstance(model, ViTConfig) and model.image_size % model.patch_size:
+        raise UserError("model.patch_size", model.patch_size, f"a divisor of model.image_size={model.image_size}")
+    if not isinstance(model, TransformerConfig):
+        return
     if model.d_model % model.n_head:
         raise UserError("model.n_head", model.n_head, f"a divisor of model.d_model={model.d_model}")
-    if model.position == "rotary" and (model.d_model // model.n_head) % 2:
-        raise UserError(
-            "model.n_head",
-            model.n_head,
-            f"one for which model.d_model / model.n_head is even (model.d_model={model.d_model}, rotary positions)",
-        )
-    if model.n_kv_head is not None and model.n_head % model.n_kv_head:
-        raise UserError("model.n_kv_head", model.n_kv_head, f"a divisor of model.n_head={model.n_head}")
+    if isinstance(model, GPTConfig):
+        _check_gpt(model)
+    if isinstance(model, Seq2SeqConfig):
+        if model.position == "rotary":
+            raise UserError("model.position", f"rotary with model.family={model.family}", ["learned", "sinusoidal"])
+        if model.position == "sinusoidal" and model.d_model % 2:
+            raise UserError("model.d_model", f"{model.d_model} with sinusoidal positions", "an even number")
     if model.activation_sparsity != "none":
         if model.activation != "relu2":
             raise UserError(
@@ -81,6 +82,19 @@ def _check_model(model: GPTConfig) -> None:
             raise UserError(
                 "model.d_ff", model.d_ff, f"a multiple of 4 with model.activation_sparsity={model.activation_sparsity}"
             )
+
+
+def _check_gpt(model: GPTConfig) -> None:
+    if model.position == "sinusoidal":
+        raise UserError("model.position", f"sinusoidal with model.family={model.family}", ["learned", "rotary"])
+    if model.position == "rotary" and (model.d_model // model.n_head) % 2:
+        raise UserError(
+            "model.n_head",
+            model.n_head,
+            f"one for which model.d_model / model.n_head is even (model.d_model={model.d_model}, rotary positions)",
+        )
+    if model.n_kv_head is not None and model.n_head % model.n_kv_head:
+        raise UserError("model.n_kv_head", model.n_kv_head, f"a divisor of model.n_head={model.n_head}")
 
 
 def _check_recipe(cfg: TrainConfig) -> None:
@@ -225,8 +239,38 @@ def _check_projection(recipe: RecipeConfig) -> None:
         )
 
 
-def _check_teacher(cfg: TrainConfig) -> None:
+def _check_data(model: ModelConfig, data: DataConfig) -> None:
+    limit = getattr(model, "max_seq_len", None)
+    lengths = [name for name in ("seq_len", "max_source_len", "max_target_len") if hasattr(data, name)]
+    for name in lengths if limit is not None else ():
+        if getattr(data, name) > limit:
+            raise UserError(f"data.{name}", getattr(data, name), f"at most model.max_seq_len={limit}")
+    if isinstance(data, PairsConfig) and isinstance(model, GPTConfig) and data.tokens_per_example > model.max_seq_len:
+        raise UserError(
+            "data.max_target_len",
+            f"{data.max_target_len} after data.max_source_len={data.max_source_len}",
+            f"lengths whose sum is at most model.max_seq_len={model.max_seq_len}",
+        )
+    if isinstance(data, ImagesConfig):
+        for name in ("image_size", "channels"):
+            if getattr(model, name, getattr(data, name)) != getattr(data, name):
+                raise UserError(f"data.{name}", getattr(data, name), f"model.{name}={getattr(model, name)}")
+    if isinstance(data, TextConfig):
+        if data.source == "text" and not data.train:
+            raise UserError("data.train", "nothing", "a list of files, folders or globs, as data.train=[corpus/*.txt]")
+        if data.source == "huggingface" and not data.hf_path:
+            raise UserError("data.hf_path", "nothing", "the name of a Hugging Face dataset, or a local folder")
+
+
+def _check_teacher(cfg: TrainConfig, learns: str) -> None:
     teacher, itself = cfg.recipe.teacher, "self" in cfg.recipe.teacher.models
+    if teacher.models and learns not in (CAUSAL_LM, IMAGE_CLASSIFICATION):
+        raise UserError(
+            "recipe.teacher.models", f"set for {learns}", "none, or data with data.task=language_modeling for a decoder"
+        )
+    for option, found in (("logits", teacher.logits), ("reference", teacher.reference)):
+        if found is not None and learns != CAUSAL_LM:
+            raise UserError(f"recipe.teacher.{option}", f"{found} for {learns}", "null: it is for decoders' texts")
     if not teacher.models and teacher != TeacherConfig():
         option = _changed(teacher, TeacherConfig())[0]
         raise UserError("recipe.teacher.models", f"none, with recipe.teacher.{option} set", "at least one teacher")

@@ -18,7 +18,7 @@ from sparse_pretrain.interrupt import before_the_first_step
 from sparse_pretrain.sparsity.decay_search import WINDOW, Trial, choose, in_window, next_factor
 
 if TYPE_CHECKING:
-    from sparse_pretrain.data.token_store import TokenStore
+    from sparse_pretrain.data.build import Store
 
 RESULT_FILE, FIGURE_FILE = "decay-search.json", "decay-search.png"
 
@@ -42,7 +42,7 @@ def search(
         UserError: the search cannot be done, or no run of it gave a flip rate.
         Interrupted: a signal; the same search continues.
     """
-    from sparse_pretrain.data.token_store import prepare
+    from sparse_pretrain.data.build import prepare
 
     step = crosscheck.sample_step(cfg, settings)
     todo = sorted(set(settings.factors))
@@ -51,9 +51,9 @@ def search(
     with runs.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with runs.locked(folder), before_the_first_step():  # the short runs have handlers of their own
-        tokens = prepare(cfg.data)
+        data = prepare(cfg.data)
         print("dense:", flush=True)
-        dense, note = _flip_rate(short_run(cfg, folder, None, step), tokens, train)
+        dense, note = _flip_rate(short_run(cfg, folder, None, step), data, train)
         if not dense:
             raise UserError(
                 "search.sample_step",
@@ -65,7 +65,7 @@ def search(
         while todo:
             factor = todo.pop(0)
             print(f"decay factor {factor:g}:", flush=True)
-            rate, note = _flip_rate(short_run(cfg, folder, factor, step), tokens, train)
+            rate, note = _flip_rate(short_run(cfg, folder, factor, step), data, train)
             trials.append(Trial(factor, rate, None if rate is None else rate / dense, note))
             print(f"  {describe(trials[-1])}", flush=True)
             if not todo and len(trials) < most:
@@ -130,12 +130,12 @@ def short_run(cfg: TrainConfig, folder: Path, factor: float | None, step: int) -
     return TrainConfig(**{**values, **short})
 
 
-def _flip_rate(cfg: TrainConfig, tokens: TokenStore, train: Callable[[TrainConfig], Any]) -> tuple[float | None, str]:
+def _flip_rate(cfg: TrainConfig, data: Store, train: Callable[[TrainConfig], Any]) -> tuple[float | None, str]:
     """The flip rate of a short run at its last step, from its metrics if it has been there; else None, and why."""
     run_dir, step = runs.resolve_run_dir(cfg), cfg.trainer.stop_after
     if (run_dir / runs.CONFIG_FILE).is_file():
         runs.open_run(cfg, run_dir)
-        preflight.check_same_corpus(run_dir, tokens)
+        preflight.check_same_corpus(run_dir, data)
     note = runs.read_json(run_dir / runs.RUN_FILE).get("diverged", "")
     rows = runs.read_rows(run_dir / runs.METRICS_FILE)
     if not note and not any(int(row["step"]) == step for row in rows):

@@ -15,14 +15,21 @@ from sparse_pretrain.limits import parse_pattern
 from sparse_pretrain.schema import flatten, to_dict
 
 if TYPE_CHECKING:
-    from sparse_pretrain.data.token_store import TokenStore
+    from sparse_pretrain.data.build import Store
+    from sparse_pretrain.tasks.task import Sizes
     from sparse_pretrain.tasks.teacher import TeacherFolder
 
 # Options that decide which parameters, buffers and optimizer state a checkpoint holds.
 _STATE_OPTIONS = (
     "optimizer.name",
     *("recipe.projection", "recipe.pattern", "recipe.input_gradient", "recipe.include", "recipe.exclude"),
-    *("recipe.adapter.kind", "recipe.adapter.rank", "recipe.adapter.group", "recipe.adapter.train_groups"),
+    *("recipe.adapter.kind", "recipe.adapter.rank", "recipe.adapter.rank_share", "recipe.adapter.group"),
+    "recipe.adapter.train_groups",
+)
+
+# Options of a model that change none of its weights' shapes or meaning.
+_FREE_MODEL_OPTIONS = (
+    *("model.name", "model.activation_checkpointing", "model.dropout", "model.mask_share", "model.whole_words"),
 )
 
 
@@ -56,10 +63,17 @@ def check_layers(cfg: TrainConfig) -> None:
     import torch
 
     from sparse_pretrain.sparsity.swap import select_layers
-    from sparse_pretrain.tasks.causal_lm import build_model
+    from sparse_pretrain.tasks.build import build_model
 
     with torch.device("meta"):
-        select_layers(build_model(cfg, vocab_size=cfg.model.vocab_size or 64), cfg.recipe)
+        select_layers(build_model(cfg, _some_sizes()), cfg.recipe)
+
+
+def _some_sizes() -> Sizes:
+    """For a model whose layers are asked for before its data are prepared."""
+    from sparse_pretrain.tasks.task import Sizes
+
+    return Sizes(vocab_size=64, num_classes=2)
 
 
 def check_resume(cfg: TrainConfig) -> Path:
@@ -105,7 +119,7 @@ def _check_same_model(cfg: TrainConfig, source: Path, option: str, options: tupl
     there = flatten(to_dict(runs.read_config(source)))
     here = flatten(to_dict(cfg))
     for name in here:
-        shapes = name.startswith("model.") and name not in ("model.name", "model.activation_checkpointing")
+        shapes = name.startswith("model.") and name not in _FREE_MODEL_OPTIONS
         if (shapes or name in options) and there.get(name) != here[name]:
             raise UserError(
                 option,
@@ -120,12 +134,12 @@ def check_adapter(cfg: TrainConfig) -> None:
 
     from sparse_pretrain.sparsity.adapters import attach, make_adapter, read_adapters
     from sparse_pretrain.sparsity.swap import select_layers
-    from sparse_pretrain.tasks.causal_lm import build_model
+    from sparse_pretrain.tasks.build import build_model
 
     if cfg.recipe.adapter.path is None:
         return
     with torch.device("meta"):
-        model = build_model(cfg, vocab_size=cfg.model.vocab_size or 64)
+        model = build_model(cfg, _some_sizes())
         for row in select_layers(model, cfg.recipe):
             if row.adapted:
                 adapter = make_adapter(cfg.recipe.adapter, row.in_features, row.out_features)
@@ -160,19 +174,22 @@ def check_teacher(cfg: TrainConfig, run_dir: Path) -> dict[str, TeacherFolder]:
             raise UserError(
                 option, f"{there.folder}, which changed since this run began", "the same as then, or a new run_dir"
             )
-        if there.max_seq_len is not None and there.max_seq_len < cfg.data.seq_len:
+        seq_len = getattr(cfg.data, "seq_len", None)
+        if seq_len is not None and there.max_seq_len is not None and there.max_seq_len < seq_len:
             raise UserError(
-                "data.seq_len", f"{cfg.data.seq_len}, but {path} is made for {there.max_seq_len}", "at most that many"
+                "data.seq_len", f"{seq_len}, but {path} is made for {there.max_seq_len}", "at most that many"
             )
         found[path] = there
-    tokenizer = Path(cfg.data.tokenizer)
-    if cfg.data.tokenizer != "bpe" and tokenizer.is_file():
-        check_teacher_tokenizer(found, tokenizer)
+    tokenizer = getattr(cfg.data, "tokenizer", None)
+    if tokenizer is not None and tokenizer.endswith(".json") and Path(tokenizer).is_file():
+        check_teacher_tokenizer(found, Path(tokenizer))
     return found
 
 
-def check_teacher_tokenizer(teachers: dict[str, TeacherFolder], tokenizer: Path) -> None:
+def check_teacher_tokenizer(teachers: dict[str, TeacherFolder], tokenizer: Path | None) -> None:
     """Raises UserError if a token id means another token to a teacher than in the tokenizer.json of this run."""
+    if tokenizer is None:
+        return
     content = tokenizer.read_bytes()
     for path, teacher in teachers.items():
         if not teacher.has_tokenizer(content):
@@ -183,7 +200,7 @@ def check_teacher_tokenizer(teachers: dict[str, TeacherFolder], tokenizer: Path)
             )
 
 
-def check_teacher_logits(cfg: TrainConfig, teachers: dict[str, TeacherFolder], tokens: TokenStore) -> None:
+def check_teacher_logits(cfg: TrainConfig, teachers: dict[str, TeacherFolder], tokens: Store) -> None:
     """Make `recipe.teacher.logits` the folder of this run's teachers, if it is set.
 
     Raises:
@@ -192,26 +209,28 @@ def check_teacher_logits(cfg: TrainConfig, teachers: dict[str, TeacherFolder], t
     teacher = cfg.recipe.teacher
     if teacher.logits is None:
         return
+    from sparse_pretrain.data.token_store import TokenStore
     from sparse_pretrain.hardware import pick_device, precision_dtype
     from sparse_pretrain.tasks import teacher_logits
 
+    assert isinstance(tokens, TokenStore)  # crosscheck: logits are kept of language models alone
     device = pick_device(cfg.trainer.accelerator, "trainer.accelerator")
     settings = {
         "teachers": sorted(teachers[path].sha256 for path in teacher.models),
         "corpus": tokens.digest,
         "vocab_size": tokens.vocab_size,
-        "seq_len": cfg.data.seq_len,
+        "seq_len": cfg.data.tokens_per_example,
         "temperature": teacher.temperature,
         "top_k": None if teacher.top_k is None or teacher.top_k >= tokens.vocab_size else teacher.top_k,
         "precision": str(precision_dtype(cfg.trainer.precision, device, "trainer.precision")).removeprefix("torch."),
     }
-    corpus = (tokens.num_tokens("train") - 1) // cfg.data.seq_len
+    corpus = (tokens.num_tokens("train") - 1) // cfg.data.tokens_per_example
     teacher_logits.prepare(
         Path(teacher.logits), settings, sequences=min(corpus, cfg.trainer.steps * cfg.trainer.batch_size)
     )
 
 
-def check_same_corpus(run_dir: Path, tokens: TokenStore) -> None:
+def check_same_corpus(run_dir: Path, tokens: Store) -> None:
     """Raises UserError if this run has checkpoints that were trained on other tokens: its text has changed since."""
     known = runs.read_json(run_dir / runs.RUN_FILE).get("corpus", {}).get("digest", tokens.digest)
     if known != tokens.digest:
@@ -222,8 +241,10 @@ def check_same_corpus(run_dir: Path, tokens: TokenStore) -> None:
         )
 
 
-def check_same_tokenizer(source: Path, tokens: TokenStore, option: str) -> None:
+def check_same_tokenizer(source: Path, tokens: Store, option: str) -> None:
     """Raises UserError naming `option` if the token ids of the run in `source` mean something else than this run's."""
+    if tokens.tokenizer_path is None:
+        return
     if (source / runs.TOKENIZER_FILE).read_bytes() != tokens.tokenizer_path.read_bytes():
         raise UserError(
             option,
@@ -234,18 +255,19 @@ def check_same_tokenizer(source: Path, tokens: TokenStore, option: str) -> None:
 
 def check_vocabulary(cfg: TrainConfig, vocab_size: int) -> None:
     """Raises UserError if the model's embedding is too small for the tokenizer."""
-    if cfg.model.vocab_size is not None and cfg.model.vocab_size < vocab_size:
-        raise UserError("model.vocab_size", cfg.model.vocab_size, f"at least the tokenizer's {vocab_size}, or null")
+    rows = getattr(cfg.model, "vocab_size", None)
+    if rows is not None and rows < vocab_size:
+        raise UserError("model.vocab_size", rows, f"at least the tokenizer's {vocab_size}, or null")
 
 
-def check_disk(cfg: TrainConfig, run_dir: Path, vocab_size: int) -> None:
+def check_disk(cfg: TrainConfig, run_dir: Path, sizes: Sizes) -> None:
     """Raises UserError if the checkpoints that this run keeps will not fit on the disk."""
     import torch
 
-    from sparse_pretrain.tasks.causal_lm import build_model
+    from sparse_pretrain.tasks.build import build_model
 
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_model(cfg, vocab_size).parameters())
+        parameters = sum(p.numel() for p in build_model(cfg, sizes).parameters())
     # Weights and two moments in fp32, a mask byte, a teacher's weights; logits of masks at most for every weight. One
     # checkpoint more than are kept is there while it is written.
     size: float = 13 + 4 * ("self" in cfg.recipe.teacher.models)

@@ -52,6 +52,7 @@ METRICS_COLUMNS = (
     "train/dropped_steps",
     "sparsity/flip_rate",
     "val/loss",
+    "val/accuracy",
     "val/acceptance",
 )
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sparse_pretrain import crosscheck, preflight, runs
 from sparse_pretrain.config import SearchConfig, TrainConfig
+from sparse_pretrain.config_models import HFConfig
 from sparse_pretrain.interrupt import before_the_first_step
 
 
-def run(cfg: TrainConfig, overrides: Sequence[str] = ()) -> Path:
-    """Train, or go on training, one run; returns its folder. `overrides` are what `cfg` was composed from.
+def run(cfg: TrainConfig, command: str = "") -> Path:
+    """Train, or go on training, one run; returns its folder. `command` is what a user continues it with.
 
     Raises:
         UserError: something about config, data, device, disk or checkpoint does not fit; nothing has been lost.
@@ -35,18 +34,20 @@ def run(cfg: TrainConfig, overrides: Sequence[str] = ()) -> Path:
         preflight.check_layers(cfg)
         preflight.check_adapter(cfg)
         from sparse_pretrain.checkpoint import store
-        from sparse_pretrain.data.token_store import prepare
+        from sparse_pretrain.data.build import prepare
+        from sparse_pretrain.tasks.task import Sizes
 
         continues = bool(store.list_steps(run_dir / runs.CHECKPOINTS))
         source = None if continues or cfg.resume in ("auto", "never") else preflight.check_resume(cfg)
         start = None if continues or cfg.init_from is None else preflight.check_init(cfg)
         teachers = preflight.check_teacher(cfg, run_dir)
         tokens = prepare(cfg.data)
-        preflight.check_vocabulary(cfg, tokens.vocab_size)
+        sizes = Sizes.of(tokens)
+        preflight.check_vocabulary(cfg, sizes.vocab_size)
         preflight.check_teacher_tokenizer(teachers, tokens.tokenizer_path)
         preflight.check_teacher_logits(cfg, teachers, tokens)
         runs.open_run(cfg, run_dir)
-        preflight.check_disk(cfg, run_dir, tokens.vocab_size)
+        preflight.check_disk(cfg, run_dir, sizes)
         with runs.locked(run_dir):
             for note in store.set_aside_damaged(run_dir / runs.CHECKPOINTS):
                 print(note, file=sys.stderr)
@@ -59,8 +60,8 @@ def run(cfg: TrainConfig, overrides: Sequence[str] = ()) -> Path:
             facts = {
                 **runs.read_json(run_dir / runs.RUN_FILE),
                 "id": runs.run_id(run_dir),
-                "command": f"sparse-pretrain train {shlex.join(overrides)}".strip(),
-                "token_store": str(tokens.folder),
+                "command": command,
+                "data": str(tokens.folder),
                 "teachers": {
                     path: {"folder": str(teacher.folder), "sha256": teacher.sha256}
                     for path, teacher in teachers.items()
@@ -71,8 +72,9 @@ def run(cfg: TrainConfig, overrides: Sequence[str] = ()) -> Path:
 
                 facts["decay_search"] = search(cfg, SearchConfig(), run_dir / runs.DECAY_SEARCH, run)
             runs.write_json(run_dir / runs.RUN_FILE, facts)
-            with runs.writing(run_dir):
-                shutil.copyfile(tokens.tokenizer_path, run_dir / runs.TOKENIZER_FILE)
+            if tokens.tokenizer_path is not None:
+                with runs.writing(run_dir):
+                    shutil.copyfile(tokens.tokenizer_path, run_dir / runs.TOKENIZER_FILE)
             from sparse_pretrain.launch import launch
 
             launch(cfg, run_dir)
@@ -93,20 +95,28 @@ def finish(run_dirs: list[Path]) -> None:
 
 
 def with_absolute_paths(cfg: TrainConfig) -> TrainConfig:
-    """The same files, from whichever folder the run is continued or evaluated."""
+    """The same files, from whichever folder the run is continued or evaluated; options that a file of adapters decides
+    are in the config from then on.
+
+    Raises:
+        UserError: there is no file of adapters at recipe.adapter.path.
+    """
 
     def absolute(path: str) -> str:
         return str(Path(path).expanduser().absolute())
 
-    data = cfg.data
+    data, model = cfg.data, cfg.model
     changes: dict[str, Any] = {
-        "train": [absolute(path) for path in data.train],
-        "validation": [absolute(path) for path in data.validation],
+        name: [absolute(path) for path in getattr(data, name)]
+        for name in ("train", "validation")
+        if hasattr(data, name)
     }
-    if data.tokenizer != "bpe":
-        changes["tokenizer"] = absolute(data.tokenizer)
-    if data.hf_path and Path(data.hf_path).expanduser().is_dir():
-        changes["hf_path"] = absolute(data.hf_path)
+    for name in ("tokenizer", "hf_path"):  # each may also be a name
+        value = getattr(data, name, None)
+        if value is not None and Path(value).expanduser().exists():
+            changes[name] = absolute(value)
+    if isinstance(model, HFConfig):
+        model = dataclasses.replace(model, path=absolute(model.path))
     recipe, teacher = cfg.recipe, cfg.recipe.teacher
     teacher = dataclasses.replace(
         teacher,
@@ -115,8 +125,13 @@ def with_absolute_paths(cfg: TrainConfig) -> TrainConfig:
         reference=teacher.reference and absolute(teacher.reference),
     )
     adapter = dataclasses.replace(recipe.adapter, path=recipe.adapter.path and absolute(recipe.adapter.path))
+    if adapter.path is not None:
+        from sparse_pretrain.sparsity.adapters import with_options_of_file
+
+        adapter = with_options_of_file(adapter)
     return dataclasses.replace(
         cfg,
+        model=model,
         data=dataclasses.replace(data, **changes),
         recipe=dataclasses.replace(recipe, teacher=teacher, adapter=adapter),
         resume=cfg.resume if cfg.resume in ("auto", "never") else absolute(cfg.resume),

@@ -26,7 +26,7 @@ from sparse_pretrain import runs
 from sparse_pretrain.checkpoint import store
 from sparse_pretrain.checkpoint.callback import AtomicCheckpointIO, CheckpointCallback
 from sparse_pretrain.config import TrainConfig
-from sparse_pretrain.data.datamodule import TokenDataModule
+from sparse_pretrain.data.build import Store, data_module, open_store
 from sparse_pretrain.data.token_store import TokenStore
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.hardware import device_name, peak_tflops, pick_device, precision_dtype
@@ -35,9 +35,11 @@ from sparse_pretrain.loggers import build_loggers, close_loggers
 from sparse_pretrain.models.count import count_model
 from sparse_pretrain.schema import to_dict
 from sparse_pretrain.sparsity.adapters import load_adapters, save_adapters
-from sparse_pretrain.tasks.causal_lm import CausalLM
+from sparse_pretrain.tasks.build import build_model, build_task
 from sparse_pretrain.tasks.metrics import MetricsCallback
 from sparse_pretrain.tasks.products import ProductsCallback
+from sparse_pretrain.tasks.sampling import sampling
+from sparse_pretrain.tasks.task import Sizes, Task
 from sparse_pretrain.tasks.teacher import TeacherCallback
 from sparse_pretrain.tasks.trained import load_weights
 
@@ -55,14 +57,15 @@ def run(run_dir: Path) -> None:
         return
     quiet_lightning()
     cfg = runs.read_config(run_dir)
-    tokens = TokenStore.open(Path(runs.read_json(run_dir / runs.RUN_FILE)["token_store"]))
+    data = open_store(Path(runs.read_json(run_dir / runs.RUN_FILE)["data"]))
+    sizes = Sizes.of(data)
     checkpoint = find_checkpoint(cfg, run_dir)
     steps_done = store.step_of(checkpoint) if checkpoint else 0
     if cfg.trainer.stop_after is not None and cfg.trainer.stop_after <= steps_done < cfg.trainer.steps:
         print_stop(cfg, run_dir, steps_done)
         return
 
-    module = CausalLM(cfg, tokens.vocab_size)
+    module = build_task(cfg, sizes)
     training = module.sparse_training
     module.forked = checkpoint is not None and checkpoint.parent != run_dir / runs.CHECKPOINTS
     if checkpoint is None and cfg.init_from is not None:
@@ -71,11 +74,14 @@ def run(run_dir: Path) -> None:
         load_adapters(module.model, cfg.recipe.adapter.path)
     device = pick_device(cfg.trainer.accelerator, "trainer.accelerator")
     dtype = precision_dtype(cfg.trainer.precision, device, "trainer.precision")
-    count = count_model(module.model, cfg.model, cfg.data.seq_len, training.own_lr)
+    with torch.device("meta"):
+        dense = build_model(cfg, sizes)
+    count = count_model(module.model, dense, module.example(cfg), cfg.data.tokens_per_example, training.own_lr)
+    module.rows = count.rows
     peak, peak_source = (cfg.trainer.peak_tflops, "given") if cfg.trainer.peak_tflops else peak_tflops(device, dtype)
     identifier = runs.run_id(run_dir)
     callbacks = [
-        TeacherCallback(run_dir, tokens.vocab_size),
+        TeacherCallback(run_dir),
         ProductsCallback(run_dir, dtype),
         MetricsCallback(run_dir, count.flop_per_token, peak * 1e12 * cfg.trainer.devices),
         CheckpointCallback(
@@ -119,21 +125,21 @@ def run(run_dir: Path) -> None:
             "precision": str(dtype).removeprefix("torch."),
             "peak_tflops": peak,
             "peak_source": peak_source,
-            "corpus": describe(tokens),
-            "model": asdict(count),
+            "corpus": describe(data),
+            "model": {name: value for name, value in asdict(count).items() if name != "rows"},
             "layers": [asdict(row) for row in module.layers],
         }
         runs.write_json(run_dir / runs.RUN_FILE, facts)
         print_start(cfg, run_dir, facts, steps_done)
-    batches = TokenDataModule(
-        tokens,
-        seq_len=cfg.data.seq_len,
+    batches = data_module(
+        cfg.data,
+        data,
         batch_size=cfg.trainer.batch_size,
         seed=cfg.seed,
         total_steps=cfg.trainer.steps,
         eval_batches=cfg.trainer.eval_batches,
-        num_workers=cfg.data.num_workers,
         start_step=lambda: module.steps_done,
+        **sampling(cfg),
     )
     try:
         trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
@@ -165,7 +171,7 @@ def precision_plugin(dtype: torch.dtype, device: torch.device) -> Precision:
 def print_start(cfg: TrainConfig, run_dir: Path, facts: dict[str, Any], steps_done: int) -> None:
     """Size, cost and layers, before the first step."""
     model = facts["model"]
-    tokens = cfg.trainer.steps * cfg.trainer.batch_size * cfg.data.seq_len
+    tokens = cfg.trainer.steps * cfg.trainer.batch_size * cfg.data.tokens_per_example
     sparse = [row for row in facts["layers"] if row["sparse"]]
     weights = sum(row["out_features"] * row["in_features"] for row in sparse)
     print(
@@ -200,7 +206,7 @@ def print_stop(cfg: TrainConfig, run_dir: Path, steps_done: int) -> None:
         )
 
 
-def summarize(module: CausalLM, run_dir: Path) -> dict[str, Any]:
+def summarize(module: Task, run_dir: Path) -> dict[str, Any]:
     """The final figures of a run, from its metrics file.
 
     Raises:
@@ -228,15 +234,15 @@ def summarize(module: CausalLM, run_dir: Path) -> dict[str, Any]:
     }
 
 
-def describe(tokens: TokenStore) -> dict[str, Any]:
-    """What the run is trained on; the digest tells whether two runs saw the same tokens."""
-    return {
-        "name": tokens.manifest["name"],
-        "digest": tokens.digest,
-        "vocab_size": tokens.vocab_size,
-        "train_tokens": tokens.num_tokens("train"),
-        "validation_tokens": tokens.num_tokens("validation"),
-    }
+def describe(data: Store) -> dict[str, Any]:
+    """What the run is trained on; the digest tells whether two runs saw the same."""
+    facts: dict[str, Any] = {"name": data.manifest["name"], "digest": data.digest}
+    if isinstance(data, TokenStore):
+        splits = {f"{split}_tokens": data.num_tokens(split) for split in ("train", "validation")}
+    else:
+        splits = {f"{split}_examples": data.num_examples(split) for split in ("train", "validation")}
+    known = {key: data.manifest[key] for key in ("label_names", "mean", "std") if data.manifest.get(key)}
+    return {**facts, **asdict(Sizes.of(data)), **splits, **known}
 
 
 def package_versions() -> dict[str, str]:

@@ -83,7 +83,7 @@ def test_fst_is_as_published():
 
 def test_no_yaml_names_code():
     for path in config_dir().rglob("*.yaml"):
-        assert "_target_" not in path.read_text()
+        assert "_target_:" not in path.read_text()
         OmegaConf.load(path)
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their size in bytes
+
 
 class Packed(NamedTuple):
     """A 2:4 matrix (rows, cols): 9/16 of the dense bytes in a 16-bit dtype.
@@ -87,7 +89,6 @@ def unpack(packed: Packed) -> Tensor:
     shift = 2 * torch.arange(8, dtype=torch.int32, device=values.device)
     position = (metadata.to(torch.int32).unsqueeze(2) >> shift) & 3  # the sign only reaches bits that are masked off
     position = position.reshape(rows, words * 4, 2)[:, : cols // 4].to(torch.int64)
-    dense = values.new_zeros(rows, cols // 4, 4)
-    kept = torch.zeros_like(dense, dtype=torch.bool).scatter_(2, position, True)
-    dense[kept] = values.flatten()
-    return dense.reshape(rows, cols)
+    bits = values.view(INTEGERS[values.element_size()])  # which are copied as they are, NaN included
+    dense = bits.new_zeros(rows, cols // 4, 4).scatter_(2, position, bits.reshape(rows, cols // 4, 2))
+    return dense.view(values.dtype).reshape(rows, cols)

@@ -1,4 +1,4 @@
-"""Documents from a Hugging Face dataset: one on the Hub, or a local folder that `datasets` understands."""
+"""Rows of a Hugging Face dataset: one on the Hub, or a local folder that `datasets` understands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_pretrain.data.files import remembered_sha256
 from sparse_pretrain.errors import UserError
 
 if TYPE_CHECKING:
-    from sparse_pretrain.config_data import TextConfig
+    from sparse_pretrain.config_data import ExamplesConfig, TextConfig
 
 
 def corpus(cfg: TextConfig) -> Corpus:
@@ -27,15 +27,8 @@ def corpus(cfg: TextConfig) -> Corpus:
     Raises:
         UserError: naming the option; for a dataset on the Hub only when its documents are first read.
     """
-    if not cfg.hf_path:
-        raise UserError("data.hf_path", "nothing", "the name of a Hugging Face dataset, or a local folder")
-    folder = Path(cfg.hf_path).expanduser()
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     request = {
-        "path": None if files else cfg.hf_path,
-        "files": [[str(path.relative_to(folder)), remembered_sha256(path)] for path in files],
-        "config": cfg.hf_config,
-        "splits": [cfg.hf_train_split, cfg.hf_validation_split],
+        **requested(cfg),
         "column": cfg.hf_text_column,
         "share": None if cfg.hf_validation_split else cfg.validation_share,
         "max_documents": cfg.max_documents,
@@ -53,8 +46,26 @@ def corpus(cfg: TextConfig) -> Corpus:
     return Corpus(digest_of(["huggingface", request]), read)
 
 
+def requested(cfg: TextConfig | ExamplesConfig) -> dict[str, Any]:
+    """What identifies a dataset: its name, config and splits; of a local folder its files' contents.
+
+    Raises:
+        UserError: naming data.hf_path, if it is not set.
+    """
+    if not cfg.hf_path:
+        raise UserError("data.hf_path", "nothing", "the name of a Hugging Face dataset, or a local folder")
+    folder = Path(cfg.hf_path).expanduser()
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    return {
+        "path": None if files else cfg.hf_path,
+        "files": [[str(path.relative_to(folder)), remembered_sha256(path)] for path in files],
+        "config": cfg.hf_config,
+        "splits": [cfg.hf_train_split, cfg.hf_validation_split],
+    }
+
+
 def _documents(cfg: TextConfig, split: str, option: str) -> Iterator[Document]:
-    rows = _load(cfg, split, option)
+    rows = load(cfg, split, option, streaming=cfg.hf_streaming)
     column = cfg.hf_text_column
     texts = _texts(cfg, rows, column)
     yield from itertools.islice((text for text in texts if text and text.strip()), cfg.max_documents)
@@ -75,12 +86,22 @@ def _texts(cfg: TextConfig, rows: Any, column: str) -> Iterator[Any]:
         yield row[column]
 
 
-def _load(cfg: TextConfig, split: str, option: str) -> Any:
+def load(
+    cfg: TextConfig | ExamplesConfig, split: str, option: str, *, revision: str | None = None, streaming: bool = False
+) -> Any:
+    """A split as `datasets` gives it.
+
+    Args:
+        option: that names the split, for the message.
+
+    Raises:
+        UserError: naming the option at fault.
+    """
     import datasets  # takes a second or two: only for those who use it
 
     try:
         path = os.path.expanduser(cfg.hf_path or "")
-        return datasets.load_dataset(path, cfg.hf_config, split=split, streaming=cfg.hf_streaming)
+        return datasets.load_dataset(path, cfg.hf_config, split=split, revision=revision, streaming=streaming)
     except (ConnectionError, FileNotFoundError) as error:
         raise _unreachable(cfg, error) from error
     except RuntimeError as error:  # a dataset that needs code of its own, which is never run
@@ -94,7 +115,7 @@ def _load(cfg: TextConfig, split: str, option: str) -> Any:
         raise UserError("data.hf_path", cfg.hf_path, "a dataset that `datasets` can load", message) from error
 
 
-def _unreachable(cfg: TextConfig, error: Exception) -> UserError:
+def _unreachable(cfg: TextConfig | ExamplesConfig, error: Exception) -> UserError:
     return UserError(
         "data.hf_path",
         f"{cfg.hf_path}, which cannot be loaded ({error})",

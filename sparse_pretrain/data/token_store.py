@@ -27,6 +27,7 @@ from sparse_pretrain.data.tokenizer import (
     encode_documents,
     end_of_text_id,
     load_tokenizer,
+    token_dtype,
     tokenizer_json,
     tokenizer_sha256,
     vocab_size,
@@ -193,7 +194,7 @@ def _build(folder: Path, corpus: Corpus, tokenizer_content: bytes, name: str) ->
     """Tokenize the corpus shard by shard, join the shards, write the manifest. Finished shards are reused."""
     tokenizer = load_tokenizer(tokenizer_content, "data.tokenizer")
     size = vocab_size(tokenizer)
-    dtype = np.dtype(np.uint16 if size <= 2**16 else np.uint32)
+    dtype = token_dtype(tokenizer)
     shards_folder = folder / "shards"
     make_folder(shards_folder)
     with cache_errors(folder):

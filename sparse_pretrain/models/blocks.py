@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,8 +59,24 @@ class RotaryEmbedding(nn.Module):
         return (x * self.cos[here] + torch.cat((-high, low), dim=-1) * self.sin[here]).to(x.dtype)
 
 
+class SinusoidalPositions(nn.Module):
+    """Fixed positions (Vaswani et al. 2017), sines in the first half and cosines in the second, as Marian has them; the
+    order of features is arbitrary."""
+
+    def __init__(self, max_seq_len: int, d_model: int) -> None:
+        super().__init__()
+        frequencies = 10000.0 ** -(torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)
+        angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float64), frequencies)
+        self.register_buffer("table", torch.cat((angles.sin(), angles.cos()), dim=1).float(), persistent=False)
+        self.table: Tensor
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """(tokens,) int64 -> (tokens, d_model)."""
+        return self.table[positions]
+
+
 class KeyValueCache:
-    """The keys and values of the tokens that an attention layer has seen, in memory for `max_tokens` of them."""
+    """The keys and values that an attention layer attends to, in memory for `max_tokens` of them."""
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens, self.length = max_tokens, 0
@@ -76,12 +92,19 @@ class KeyValueCache:
         self._keys[:, :, self.length : end] = keys
         self._values[:, :, self.length : end] = values
         self.length = end
-        return self._keys[:, :, :end], self._values[:, :, :end]
+        return self.contents()
+
+    def contents(self) -> tuple[Tensor, Tensor]:
+        """Those of all tokens, once there are some."""
+        assert self._keys is not None
+        assert self._values is not None
+        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch, (n,) int64: beam search."""
-        if self._keys is not None and self._values is not None:
-            self._keys, self._values = self._keys[rows], self._values[rows]
+        """Go on with these rows of the batch, as many as it has, (batch,) int64: beam search."""
+        if self.length:
+            for stored in self.contents():
+                stored.copy_(stored[rows])
 
 
 class Attention(nn.Module):
@@ -125,28 +148,67 @@ class Attention(nn.Module):
         """x: (batch, tokens, d_model), and so is the result.
 
         Args:
-            mask: (batch, keys) boolean, True = a token, which may be attended to; only without `causal`.
+            mask: (batch, tokens) boolean, True = a token, which may be attended to; only without `causal`.
             cache: of the tokens before x, to which x is added; only with `causal`.
         """
         q, k, v = self.project(x, cache.length if cache is not None else 0)
         new = q.shape[2]
         if cache is not None:
             k, v = cache.append(k, v)
+        seen = k.shape[2]
         visible = None if mask is None else mask[:, None, None, :]
-        if (
-            cache is not None and 1 < new < k.shape[2]
-        ):  # they see all before them
-            visible = torch.ones(new, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - new)
+        if 1 < new < seen:  # each sees the cached tokens and the new ones up to itself
+            visible = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=visible,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=self.causal and new == k.shape[2],
+            is_causal=self.causal and new == seen,
             enable_gqa=self.n_kv_head != self.n_head,
         )
         return self.out(y.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention of a decoder's tokens to what the encoder made of the source."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__()
+        self.n_head = cfg.n_head
+        self.dropout = cfg.dropout
+        self.q = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
+        self.kv = nn.Linear(cfg.d_model, 2 * cfg.d_model, bias=cfg.bias)
+        self.out = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
+
+    def forward(
+        self, x: Tensor, memory: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """x: (batch, tokens, d_model), and so is the result.
+
+        Args:
+            memory: (batch, source tokens, d_model), the encoder's.
+            mask: (batch, source tokens) boolean, True = a token.
+            cache: of the memory's keys and values, computed at the first call.
+        """
+        if cache is not None and cache.length:
+            k, v = cache.contents()
+        else:
+            k, v = (self._heads(part) for part in self.kv(memory).chunk(2, dim=-1))
+            if cache is not None:
+                cache.append(k, v)
+        y = F.scaled_dot_product_attention(
+            self._heads(self.q(x)),
+            k,
+            v,
+            attn_mask=None if mask is None else mask[:, None, None, :],
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.n_head, -1)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -177,32 +239,73 @@ class FeedForward(nn.Module):
         return self.down(ACTIVATIONS["silu" if self.activation == "swiglu" else "gelu"](self.gate(x)) * up)
 
 
-class Block(nn.Module):
-    """A transformer block, its norms before attention and FFN (pre) or after what they add to (post)."""
+class ResidualBlock(nn.Module):
+    """Parts that are added to the residual stream, each with a norm before it (pre) or after the sum (post)."""
+
+    def __init__(self, cfg: TransformerConfig, norm_place: str) -> None:
+        super().__init__()
+        self.dropout = cfg.dropout
+        self.pre = norm_place == "pre"
+
+    def add(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
+        y = F.dropout(part(norm(x) if self.pre else x), self.dropout, self.training)
+        return x + y if self.pre else norm(x + y)
+
+
+class Block(ResidualBlock):
+    """Attention and FFN."""
 
     def __init__(self, cfg: TransformerConfig, attention: Attention, norm_place: str = "pre") -> None:
-        super().__init__()
+        super().__init__(cfg, norm_place)
         self.attn_norm = make_norm(cfg)
         self.attn = attention
         self.ffn_norm = make_norm(cfg)
         self.ffn = FeedForward(cfg)
-        self.dropout = cfg.dropout
-        self.pre = norm_place == "pre"
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """x: (batch, tokens, d_model), and so is the result; `mask` and `cache` as in `Attention`."""
-        if self.pre:
-            x = x + self._drop(self.attn(self.attn_norm(x), mask, cache))
-            return x + self._drop(self.ffn(self.ffn_norm(x)))
-        x = self.attn_norm(x + self._drop(self.attn(x, mask, cache)))
-        return self.ffn_norm(x + self._drop(self.ffn(x)))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        x = self.add(x, self.attn_norm, lambda y: self.attn(y, mask, cache))
+        return self.add(x, self.ffn_norm, self.ffn)
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, checkpointed: bool, **inputs: Any) -> Tensor:
-    """x through the blocks; `checkpointed` keeps only what goes into each and computes the rest again for gradients."""
-    for block in blocks:
-        x = checkpoint(block, x, use_reentrant=False, **inputs) if checkpointed else block(x, **inputs)
+class DecoderBlock(ResidualBlock):
+    """Causal attention, attention to the encoder's output, and FFN."""
+
+    def __init__(self, cfg: TransformerConfig, norm_place: str) -> None:
+        super().__init__(cfg, norm_place)
+        self.attn_norm = make_norm(cfg)
+        self.attn = Attention(cfg, causal=True)
+        self.cross_norm = make_norm(cfg)
+        self.cross_attn = CrossAttention(cfg)
+        self.ffn_norm = make_norm(cfg)
+        self.ffn = FeedForward(cfg)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        memory_mask: Tensor | None = None,
+        cache: tuple[KeyValueCache, KeyValueCache] | None = None,
+    ) -> Tensor:
+        """x: (batch, tokens, d_model), and so is the result; `memory` and its mask as in `CrossAttention`.
+
+        Args:
+            cache: of the tokens before x, and of the memory.
+        """
+        own, cross = cache or (None, None)
+        x = self.add(x, self.attn_norm, lambda y: self.attn(y, cache=own))
+        x = self.add(x, self.cross_norm, lambda y: self.cross_attn(y, memory, memory_mask, cross))
+        return self.add(x, self.ffn_norm, self.ffn)
+
+
+def run_blocks(
+    blocks: nn.ModuleList, x: Tensor, checkpointed: bool, caches: Sequence[Any] | None = None, **inputs: Any
+) -> Tensor:
+    """x through the blocks, each with its own of `caches`, if given, and all with the same `inputs`; `checkpointed`
+    keeps only what goes into each and computes the rest again for gradients."""
+    for block, cache in zip(blocks, caches or [None] * len(blocks), strict=True):
+        if checkpointed and cache is None:
+            x = checkpoint(block, x, use_reentrant=False, **inputs)
+        else:
+            x = block(x, cache=cache, **inputs)
     return x

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparse_pretrain.config_models import GPTConfig
 from sparse_pretrain.models.blocks import Attention, Block, KeyValueCache, RotaryEmbedding, make_norm, run_blocks
+from sparse_pretrain.models.generation import Step, sample
 
 
 class GPT(nn.Module):
@@ -27,9 +28,10 @@ class GPT(nn.Module):
         self.pos_embed = nn.Embedding(cfg.max_seq_len, cfg.d_model) if cfg.position == "learned" else None
         self.blocks = nn.ModuleList(Block(cfg, self._attention()) for _ in range(cfg.n_layer))
         self.norm = make_norm(cfg)
-        self.head = nn.Linear(cfg.d_model, vocab_size, bias=False)
+        head = nn.Linear(cfg.d_model, vocab_size, bias=False)
         if cfg.tied_embeddings:
-            self.head.weight = self.tok_embed.weight
+            head.weight = self.tok_embed.weight
+        self.head: nn.Module = head
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -65,18 +67,26 @@ class GPT(nn.Module):
         if self.pos_embed is not None:
             x = x + self.pos_embed(torch.arange(first, first + tokens.shape[1], device=tokens.device))
         x = F.dropout(x, self.cfg.dropout, self.training)
-        if caches is not None:
-            for block, cache in zip(self.blocks, caches, strict=True):
-                x = block(x, cache=cache)
-        else:
-            x = run_blocks(self.blocks, x, self.cfg.activation_checkpointing and self.training)
-        return self.norm(x)
+        return self.norm(run_blocks(self.blocks, x, self.cfg.activation_checkpointing and self.training, caches))
 
     def make_caches(self, max_tokens: int) -> list[KeyValueCache]:
         """Empty ones, for `forward`."""
         return [KeyValueCache(max_tokens) for _ in self.blocks]
 
-    @torch.no_grad()
+    def step(self, max_tokens: int) -> Step:
+        """For `generation`: logits of the next of up to `max_tokens` tokens; only the last `max_seq_len` are seen."""
+        caches = self.make_caches(min(max_tokens, self.cfg.max_seq_len))
+
+        def next_logits(tokens: Tensor, rows: Tensor | None) -> Tensor:
+            if tokens.shape[1] > self.cfg.max_seq_len:  # every token's position changes, so nothing cached is of use
+                return self.head(self.hidden(tokens[:, -self.cfg.max_seq_len :])[:, -1])
+            if rows is not None:
+                for cache in caches:
+                    cache.select(rows)
+            return self.head(self.hidden(tokens[:, caches[0].length :], caches)[:, -1])
+
+        return next_logits
+
     def generate(
         self,
         tokens: Tensor,
@@ -85,22 +95,9 @@ class GPT(nn.Module):
         top_k: int | None = None,
         generator: torch.Generator | None = None,
         stop_token: int | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
-        """Continue `tokens` (1, n) one sampled token at a time; temperature 0 takes the likeliest.
-
-        Returns (1, n + new) ids; stops early after `stop_token`. Only the last `max_seq_len` tokens are seen.
-        """
+        """Continue the rows of `tokens` (batch, n); arguments and result are those of `generation.sample`."""
         self.eval()
-        for _ in range(max_new_tokens):
-            logits = self(tokens[:, -self.cfg.max_seq_len :])[:, -1].float()
-            if temperature == 0:
-                next_token = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -torch.inf)
-                next_token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            tokens = torch.cat((tokens, next_token), dim=1)
-            if stop_token is not None and next_token.item() == stop_token:
-                break
-        return tokens
+        step = self.step(tokens.shape[1] + max_new_tokens)
+        return sample(step, tokens, max_new_tokens, temperature, top_k, generator, stop_token, lengths)

@@ -178,9 +178,9 @@ def _setting(comparison: RecipeComparison) -> str:
     tokens, evaluated = int(run.rows["tokens"][-1]), cfg.trainer.eval_batches * cfg.trainer.batch_size
     return (
         f"{cfg.model.name}, {count(run.facts['model']['parameters'])} parameters, on {corpus['name']}: each run "
-        f"{cfg.trainer.steps:,} steps of {cfg.trainer.batch_size} sequences of {cfg.data.seq_len} tokens "
-        f"({count(tokens)}, of a corpus of {count(corpus['train_tokens'])}), for a seed the same in the same "
-        f"order whatever the recipe; validated on the same {evaluated:,} held-out sequences, or as many as there are."
+        f"{cfg.trainer.steps:,} steps of {cfg.trainer.batch_size} examples of {cfg.data.tokens_per_example} {run.unit} "
+        f"({count(tokens)}; the corpus: {run.corpus}), for a seed the same in the same order whatever the recipe; "
+        f"validated on the same {evaluated:,} held-out examples, or as many as there are."
     )
 
 

@@ -70,7 +70,7 @@ def loss_figure(runs: Sequence[RunData], styles: Sequence[RunStyle]) -> str:
         by_tokens, by_time = figure.subplots(1, 2, sharey=True)
         scale, unit = token_unit(runs)
         _losses(by_tokens, runs, styles, "tokens", scale)
-        by_tokens.set(title="Loss by tokens", xlabel=f"tokens{unit}", ylabel="loss (nats per token)")
+        by_tokens.set(title=f"Loss by {runs[0].unit}", xlabel=f"{runs[0].unit}{unit}", ylabel="loss (nats)")
         scale, unit = _time_unit(max(float(run.rows["seconds"][-1]) for run in runs))
         _losses(by_time, runs, styles, "seconds", scale)
         by_time.set(title="Loss by training time", xlabel=f"{unit} of training, without validation and checkpoints")
@@ -100,8 +100,8 @@ def sparsity_figure(runs: Sequence[RunData], styles: Sequence[RunStyle]) -> str 
             ax.axhline(0, color=DENSE_COLOURS[0], linewidth=1.2, label="dense")
             for (tokens, gap), style in gaps:
                 ax.plot(tokens / scale, gap, **_validation(style, len(gap)), label=style.label)
-            ax.set(title="Validation loss above dense, at equal tokens", xlabel=f"tokens{unit}", xlim=(0, None))
-            ax.set_ylabel("loss - dense loss (nats per token)")
+            ax.set(title=f"Validation loss above dense, at equal {runs[0].unit}", xlabel=f"{runs[0].unit}{unit}", xlim=(0, None))
+            ax.set_ylabel("loss - dense loss (nats)")
             _legend_below(ax)
         if flips:
             ax = next(axes)
@@ -118,7 +118,7 @@ def sparsity_figure(runs: Sequence[RunData], styles: Sequence[RunStyle]) -> str 
                     label=label,
                 )
             _log_if_wide(ax, np.concatenate([_flip_rates(run)[1] for run, _ in flips]))
-            ax.set(title="Flip rate between two refreshes", xlabel=f"tokens{unit}", xlim=(0, None))
+            ax.set(title="Flip rate between two refreshes", xlabel=f"{runs[0].unit}{unit}", xlim=(0, None))
             ax.set_ylabel("share of mask entries changed")
             _legend_below(ax)
     return svg[0]

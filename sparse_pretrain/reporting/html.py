@@ -9,7 +9,7 @@ from pathlib import Path
 from sparse_pretrain import runs as run_folder
 from sparse_pretrain.reporting import figures
 from sparse_pretrain.reporting.run_data import RunData, dense_first, labels
-from sparse_pretrain.reporting.table import HEADER, compare, rate
+from sparse_pretrain.reporting.table import compare, rate
 from sparse_pretrain.schema import flatten, to_dict
 
 CSS = """
@@ -94,8 +94,8 @@ def _setting(runs: Sequence[RunData]) -> str:
     lengths = []
     for run in runs:
         trainer = run.config.trainer
-        tokens = trainer.steps * trainer.batch_size * run.config.data.seq_len
-        lengths.append(f"{tokens / 1e6:,.2f}M tokens in {trainer.steps:,} steps")
+        tokens = trainer.steps * trainer.batch_size * run.config.data.tokens_per_example
+        lengths.append(f"{tokens / 1e6:,.2f}M {run.unit} in {trainer.steps:,} steps")
     parameters = _each(f"{run.facts['model']['parameters'] / 1e6:,.2f}M" for run in runs)
     machines = _each(f"{run.facts['device']}, {run.facts['precision']}" for run in runs)
     return f"{parameters} parameters; {_each(lengths)}; {machines}"
@@ -108,7 +108,7 @@ def _each(texts: Iterable[str]) -> str:
 
 def _comparison(runs: Sequence[RunData], styles: Sequence[figures.RunStyle]) -> str:
     comparison = compare(runs)
-    head = "".join(f"<th>{escape(text)}</th>" for text in HEADER)
+    head = "".join(f"<th>{escape(text)}</th>" for text in comparison.header)
     rows = "".join(
         f'<tr><th><span class="swatch" style="background:{style.colour}"></span>{escape(cells[0])}</th>'
         + "".join(f"<td>{escape(text)}</td>" for text in cells[1:])
@@ -239,7 +239,7 @@ def _facts(runs: Sequence[RunData], names: Sequence[str]) -> str:
                 "memory": f"{run.rows['train/memory_gb'].max():.2f} GB",
                 "dropped steps": f"{run.rows['train/dropped_steps'][-1]:.0f}",
                 "parameters": f"{facts['model']['parameters']:,}",
-                "corpus": f"{corpus['name']}, {corpus['train_tokens']:,} tokens",
+                "corpus": run.corpus,
                 "corpus digest": corpus["digest"],
                 "Python": facts["python"],
                 **facts["packages"],

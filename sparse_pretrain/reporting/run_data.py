@@ -68,6 +68,24 @@ class RunData:
         return float(losses[-1]) if len(losses) else float("nan")
 
     @property
+    def accuracy(self) -> float:
+        """The last share of right predictions in validation; nan where none is reported."""
+        _, shares = self.logged("step", "val/accuracy")
+        return float(shares[-1]) if len(shares) else float("nan")
+
+    @property
+    def unit(self) -> str:
+        """What the column `tokens` counts."""
+        return "images" if self.config.data.task == "image_classification" else "tokens"
+
+    @property
+    def corpus(self) -> str:
+        """Name and size of what it was trained on."""
+        corpus = self.facts["corpus"]
+        size = "tokens" if "train_tokens" in corpus else "examples"
+        return f"{corpus['name']}, {corpus[f'train_{size}']:,} {size}"
+
+    @property
     def flip_rate(self) -> float:
         """The last one; nan for a dense run, and before the second refresh."""
         _, rates = self.logged("step", "sparsity/flip_rate")

@@ -15,13 +15,13 @@ from sparse_pretrain.reporting.run_data import (
 )
 
 WIDTH = 100  # columns of the terminal that the text table fits into
-HEADER = ("run", "val loss", "perplexity", "vs dense", "tokens/s", "x dense", "flip rate", "sparse", "time")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """cells: a row of texts per run, as HEADER; notes: what a reader must know to read them."""
+    """header: of the columns; cells: a row of texts per run; notes: what a reader must know to read them."""
 
+    header: list[str]
     cells: list[list[str]]
     notes: list[str]
 
@@ -30,13 +30,21 @@ def compare(runs: Sequence[RunData]) -> Comparison:
     runs = dense_first(runs)
     names = labels(runs)
     cells = [[name, *_figures(run, runs)] for name, run in zip(names, runs, strict=True)]
-    return Comparison(cells, _notes(runs, names))
+    second = "perplexity" if _predict_words(runs) else "accuracy"
+    speed = f"{runs[0].unit}/s"
+    header = ["run", "val loss", second, "vs dense", speed, "x dense", "flip rate", "sparse", "time"]
+    return Comparison(header, cells, _notes(runs, names))
+
+
+def _predict_words(runs: Sequence[RunData]) -> bool:
+    """Whether perplexity says something of all of them."""
+    return all(run.config.data.task in ("language_modeling", "text_to_text") for run in runs)
 
 
 def comparison_table(runs: Sequence[RunData]) -> str:
     """A plain ASCII table of at most 100 columns, and its notes."""
     comparison = compare(runs)
-    return text_table([list(HEADER), *comparison.cells], comparison.notes)
+    return text_table([comparison.header, *comparison.cells], comparison.notes)
 
 
 def text_table(table: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
@@ -66,10 +74,14 @@ def _figures(run: RunData, runs: Sequence[RunData]) -> list[str]:
         versus = f"{100 * (run.val_loss / dense.val_loss - 1):+.2f}%"
     if dense is not None and machine(run) == machine(dense):
         speed = f"{run.tokens_per_second / dense.tokens_per_second:.2f}x"
-    loss = run.val_loss
+    loss, second = run.val_loss, run.accuracy
+    if not math.isnan(loss) and _predict_words(runs):
+        shown = _perplexity(loss)
+    else:
+        shown = "-" if math.isnan(second) else f"{second:.2%}"
     return [
         "-" if math.isnan(loss) else f"{loss:.4f}",
-        "-" if math.isnan(loss) else _perplexity(loss),
+        shown,
         versus,
         f"{run.tokens_per_second:,.0f}",
         speed,

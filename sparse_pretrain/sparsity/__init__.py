@@ -1,4 +1,4 @@
-"""2:4 sparse training of any `nn.Module`: swap its linear layers, then follow a recipe step by step.
+"""2:4 sparse training of any `nn.Module`: swap its linear layers and convolutions, then follow a recipe step by step.
 
 recipe = load_recipe("fst")
 sparsify(model, recipe)
@@ -14,9 +14,19 @@ for step in range(1000):
     training.prepare(step + 1)
 """
 
+from sparse_pretrain.sparsity.conv import SparseConv2d
 from sparse_pretrain.sparsity.linear import SparseLinear
 from sparse_pretrain.sparsity.products import apply_plans, choose_plans
 from sparse_pretrain.sparsity.recipe import SparseTraining, load_recipe
 from sparse_pretrain.sparsity.swap import densify, sparsify
 
-__all__ = ["SparseLinear", "SparseTraining", "apply_plans", "choose_plans", "densify", "load_recipe", "sparsify"]
+__all__ = [
+    "SparseConv2d",
+    "SparseLinear",
+    "SparseTraining",
+    "apply_plans",
+    "choose_plans",
+    "densify",
+    "load_recipe",
+    "sparsify",
+]

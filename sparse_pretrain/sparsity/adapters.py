@@ -8,6 +8,8 @@ and may be an `nn.Linear`, a `SparseLinear` or a Hugging Face `Conv1D`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -81,15 +83,26 @@ class LoRA(Adapter):
     Args:
         alpha: the output is scaled by alpha / rank.
         init: of A: `kaiming` (uniform within ±1/√in_features, as in loralib) or `normal` (mean 0, variance 1).
+        share: in place of `rank`: the largest rank, but at least 1, with which A and B have at most this share of the
+            layer's weights.
     """
 
     kind = "lora"
 
     def __init__(
-        self, in_features: int, out_features: int, rank: int = 8, alpha: float = 16.0, init: str = "kaiming"
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 8,
+        alpha: float = 16.0,
+        init: str = "kaiming",
+        share: float | None = None,
     ) -> None:
         super().__init__(in_features, out_features)
         _check_init(self.kind, init, ["kaiming", "normal"])
+        self.share = share
+        if share is not None:
+            rank = max(1, math.floor(share * in_features * out_features / (in_features + out_features) + 1e-9))
         self.rank = rank
         self.alpha = float(alpha)
         self.a = nn.Parameter(torch.empty(rank, in_features))
@@ -107,7 +120,8 @@ class LoRA(Adapter):
         return (self.b @ self.a) * (self.alpha / self.rank)
 
     def options(self) -> dict[str, str]:
-        return {"rank": str(self.rank), "alpha": str(self.alpha)}
+        size = {"rank": str(self.rank)} if self.share is None else {"rank_share": str(self.share)}
+        return {**size, "alpha": str(self.alpha)}
 
 
 class SLoRB(Adapter):
@@ -175,7 +189,7 @@ def make_adapter(cfg: AdapterConfig, in_features: int, out_features: int) -> LoR
         ValueError: kind is `none`, or in_features is not a multiple of group.
     """
     if cfg.kind == "lora":
-        return LoRA(in_features, out_features, cfg.rank, cfg.alpha, cfg.init or "kaiming")
+        return LoRA(in_features, out_features, cfg.rank, cfg.alpha, cfg.init or "kaiming", cfg.rank_share)
     if cfg.kind == "slorb":
         return SLoRB(in_features, out_features, cfg.group, cfg.train_groups, cfg.init or "mean")
     raise ValueError(f"kind={cfg.kind} has no adapter")
@@ -336,27 +350,14 @@ def read_adapters(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
         UserError: naming recipe.adapter.path, what is wrong with the file, and what would fit.
         ValueError: the model's adapters differ in kind or options, or are merged.
     """
-    from safetensors import SafetensorError, safe_open
-
     option = "recipe.adapter.path"
     adapters = adapters_of(model)
     if not adapters:
         raise UserError(option, f"{path}, for a model without adapters", "null where recipe.adapter.kind=none")
     if any(adapter.original is not None for adapter in adapters.values()):
         raise ValueError("the model's adapters are merged: call unmerge_adapters before loading others")
-    allowed = "a file of adapters that a run or save_adapters wrote, as RUN_DIR/adapter.safetensors"
-    if not Path(path).is_file():
-        raise UserError(option, f"{path}, which {'is no file' if Path(path).exists() else 'does not exist'}", allowed)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    except (SafetensorError, OSError) as error:
-        raise UserError(option, f"{path}, which cannot be read ({error})", allowed) from error
-    if any(metadata.get(key) != value for key, value in _FORMAT.items()):
-        raise UserError(option, f"{path}, a safetensors file that holds no adapters of this format", allowed)
+    found, tensors = _read_file(path)
     wanted = _common_options(adapters)
-    found = {key: value for key, value in metadata.items() if key not in _FORMAT}
     if found != wanted:
         raise UserError(option, f"{path} with {_list(found)}", f"{_list(wanted)}, as this run's recipe.adapter")
     parameters = _parameters(adapters)
@@ -376,6 +377,53 @@ def read_adapters(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
                 f"{tuple(parameter.shape)} for this model",
             )
     return tensors
+
+
+def adapters_in(path: str | Path) -> tuple[AdapterConfig, list[str]]:
+    """What a file of `save_adapters` holds: kind and options, and the names of the layers.
+
+    Raises:
+        UserError: naming recipe.adapter.path, and what is wrong with the file.
+    """
+    options, tensors = _read_file(path)
+    kind = options.pop("kind")
+    values: dict[str, Any] = {name: json.loads(text) for name, text in options.items()}
+    return AdapterConfig(kind, **values), list(dict.fromkeys(name.rpartition(".adapter.")[0] for name in tensors))
+
+
+def with_options_of_file(cfg: AdapterConfig) -> AdapterConfig:
+    """Where `path` names a file: options that are left at their defaults are those of its adapters.
+
+    Raises:
+        UserError: naming recipe.adapter.path, and what is wrong with the file.
+    """
+    if cfg.path is None:
+        return cfg
+    default, file = AdapterConfig(), adapters_in(cfg.path)[0]
+    if cfg.kind != file.kind:
+        return cfg
+    names = ("rank", "rank_share", "alpha", "group", "train_groups")
+    left = [name for name in names if getattr(cfg, name) == getattr(default, name)]
+    return dataclasses.replace(cfg, **{name: getattr(file, name) for name in left})
+
+
+def _read_file(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Kind and options as text, and the parameters by name."""
+    from safetensors import SafetensorError, safe_open
+
+    option = "recipe.adapter.path"
+    allowed = "a file of adapters that a run or save_adapters wrote, as RUN_DIR/adapter.safetensors"
+    if not Path(path).is_file():
+        raise UserError(option, f"{path}, which {'is no file' if Path(path).exists() else 'does not exist'}", allowed)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise UserError(option, f"{path}, which cannot be read ({error})", allowed) from error
+    if any(metadata.get(key) != value for key, value in _FORMAT.items()):
+        raise UserError(option, f"{path}, a safetensors file that holds no adapters of this format", allowed)
+    return {key: value for key, value in metadata.items() if key not in _FORMAT}, tensors
 
 
 def _common_options(adapters: Mapping[str, Adapter]) -> dict[str, str]:

@@ -31,7 +31,8 @@ class SparseLinear(nn.Module):
     Other buffers, each there only where the recipe asks for it: `input_mask`, for `input_gradient=double_pruned`
     (SLoPe), what dX = dY W keeps of Ŵ: 2:4 along out_features, zeros of Ŵ where there are too few others;
     `input_square`, per input the sum of squares since the last refresh, for `projection=metric` (Wanda), to which
-    SparseTraining adds `step_square`, that of the step being made; `scale`, β of `projection=soft_threshold` (S-STE:
+    SparseTraining adds `step_square`, that of the step being made (a grouped convolution has those of each group one
+    after another); `scale`, β of `projection=soft_threshold` (S-STE:
     Ŵ = β·S(W)), which `start` computes and which is kept from then on.
 
     Args:
@@ -55,6 +56,7 @@ class SparseLinear(nn.Module):
         self.weight: nn.Parameter = dense.weight  # type: ignore[assignment]
         self.bias: nn.Parameter | None = dense.bias  # type: ignore[assignment]
         self.out_features, self.in_features = self.out_by_in(self.weight).shape
+        self.groups: int = getattr(dense, "groups", 1)  # of a convolution: each has inputs of its own
         self.projection = recipe.projection
         pattern = parse_pattern(recipe.pattern)
         assert pattern is not None
@@ -75,7 +77,7 @@ class SparseLinear(nn.Module):
         if self.input_gradient == "double_pruned":
             self.input_mask = torch.empty_like(self.mask)
         if self.projection == "metric":
-            self.input_square = torch.zeros(self.in_features, device=self.weight.device)
+            self.input_square = torch.zeros(self.groups * self.in_features, device=self.weight.device)
             self.step_square = torch.zeros_like(self.input_square)
         if self.projection == "soft_threshold":
             self.scale = torch.empty((), dtype=torch.float32, device=self.weight.device)
@@ -87,8 +89,12 @@ class SparseLinear(nn.Module):
         self.train(dense.training)
 
     def out_by_in(self, tensor: Tensor) -> Tensor:
-        """A tensor of the weight's shape as (out_features, in_features)."""
+        """A tensor of the weight's shape as (out_features, in_features), sharing its memory."""
         return tensor.t() if self.transposed else tensor
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """A matrix (out_features, in_features) in the weight's shape."""
+        return matrix.t() if self.transposed else matrix
 
     @property
     def is_sparse(self) -> bool:
@@ -129,18 +135,18 @@ class SparseLinear(nn.Module):
             mask.copy_(new)
         else:
             transposable = self.projection == "transposable"
-            scores = weight if self.input_square is None else weight * self._input_norm(self.input_square)
+            scores = weight if self.input_square is None else self._by_input(weight, self.input_square)
             flips = ops.refresh_mask_(scores, mask, "transposable" if transposable else "magnitude", self.pattern)
         if self.input_mask is not None:
             input_mask = self.out_by_in(self.input_mask)
             ops.refresh_mask_((weight * mask).t(), input_mask.t(), "magnitude", self.pattern)
         return flips
 
-    def _input_norm(self, square: Tensor) -> Tensor:
-        """‖X_j‖₂ of each input since the last refresh (Wanda), which starts anew now; 1 if there was no input."""
+    def _by_input(self, weight: Tensor, square: Tensor) -> Tensor:
+        """W_ij·‖X_j‖₂, the inputs since the last refresh (Wanda), which starts anew now; W if there was no input."""
         norm = torch.where(square.amax() > 0, square, 1.0).sqrt()
         square.zero_()
-        return norm
+        return (weight.unflatten(0, (self.groups, -1)) * norm.view(self.groups, 1, -1)).flatten(0, 1)
 
     @torch.no_grad()
     def project(self) -> None:
@@ -208,18 +214,13 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns (..., out_features)."""
         weight = self.out_by_in(self.weight)
-        sparse_weight = self.sparse_weight if self.packed is None else self.packed
         training = self.training and torch.is_grad_enabled()
         if self.step_square is not None and training:  # twice if recomputed for the backward pass, as all others then
-            self.step_square += x.detach().float().square().flatten(0, -2).sum(dim=0)
-        if sparse_weight is None:
-            return F.linear(x, weight, self.bias)
+            self.step_square += self._input_square(x.detach().float())
+        if not self.is_sparse:
+            return self._product(x, weight)
         if self.learned is not None and training:
-            return F.linear(x, weight * self.learned.soft_mask(), self.bias)
-        if isinstance(sparse_weight, Tensor):
-            input_weight = [] if self.input_weight is None else [self.input_weight.t()]
-            dense = Operand("dense", [sparse_weight]), Operand("dense", input_weight)
-            sparse_weight = SparseWeight(*dense, self.plan.weight_gradient)
+            return self._product(x, weight * self.learned.soft_mask())
         if self.weight_gradient == "mvue" and self.mvue is None and torch.is_grad_enabled():
             raise RuntimeError("a layer with weight_gradient=mvue trains only under a SparseTraining")
         packed = self.packed is not None and not self.fp8
@@ -227,7 +228,27 @@ class SparseLinear(nn.Module):
             raise ValueError(
                 f"x must be {self.product_dtype}, as the packed weight, or under autocast; found {x.dtype}"
             )
-        return sparse_linear(x, weight, sparse_weight, self.bias, self.mvue, self.fp8)
+        return self._sparse_product(x, weight)
+
+    def _input_square(self, x: Tensor) -> Tensor:
+        """Per input the sum of squares over all tokens."""
+        return x.square().flatten(0, -2).sum(dim=0)
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """With any weight (out_features, in_features), differentiable in it."""
+        return F.linear(x, weight, self.bias)
+
+    def _sparse_product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """With Ŵ; the straight-through gradient goes to `weight`, the master weight."""
+        return sparse_linear(x, weight, self._operands(), self.bias, self.mvue, self.fp8)
+
+    def _operands(self) -> SparseWeight:
+        if self.packed is not None:
+            return self.packed
+        assert self.sparse_weight is not None
+        input_weight = [] if self.input_weight is None else [self.input_weight.t()]
+        dense = Operand("dense", [self.sparse_weight]), Operand("dense", input_weight)
+        return SparseWeight(*dense, self.plan.weight_gradient)
 
     def dense_layer(self) -> nn.Module:
         """The swapped layer, holding the weight that this one computes with now (in fp8: before it is quantised). An
@@ -243,7 +264,7 @@ class SparseLinear(nn.Module):
             weight = self.current_weight() if self.is_sparse else self.out_by_in(self.weight.detach())
             if adapter is not None:
                 weight = weight + adapter.delta().detach()
-            dense.weight = nn.Parameter(self.out_by_in(weight).contiguous())
+            dense.weight = nn.Parameter(self.as_weight(weight).contiguous())
         return dense.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

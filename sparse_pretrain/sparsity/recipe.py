@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class SparseTraining:
         total_steps: optimizer steps of the run.
         seed: of the random numbers of MVUE, of random masks and of learned ones.
         beta2, eps: of Adam, for the automatic switch (STEP).
+        new_head: parameters that are trained in any case, `train_weights` or not.
 
     Attributes:
         started: whether the sparse phase has begun.
@@ -62,6 +64,7 @@ class SparseTraining:
         seed: int,
         beta2: float = 0.95,
         eps: float = 1e-8,
+        new_head: Collection[nn.Parameter] = (),
     ) -> None:
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
         self.adapters = adapters_of(model)
@@ -82,7 +85,7 @@ class SparseTraining:
         self.own_lr: dict[nn.Parameter, float] = {
             layer.learned.logits: recipe.learned.logit_lr for layer in self.layers.values() if layer.learned is not None
         }
-        beside = {*self.own_lr, *(p for adapter in self.adapters.values() for p in adapter.parameters())}
+        beside = {*new_head, *self.own_lr, *(p for adapter in self.adapters.values() for p in adapter.parameters())}
         self._frozen = [] if recipe.train_weights else [p for p in model.parameters() if p not in beside]
         self.step = 0
         self.started = self.adapters_started = False  # the sparse phase, the adapters: once, whatever is resumed
@@ -254,7 +257,9 @@ def _gather_inputs(layers: list[SparseLinear]) -> None:
     total = torch.cat([layer.step_square for layer in measured])  # type: ignore[misc]
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
-    for layer, square in zip(measured, total.split([layer.in_features for layer in measured]), strict=True):
+    for layer, square in zip(
+        measured, total.split([layer.groups * layer.in_features for layer in measured]), strict=True
+    ):
         assert layer.input_square is not None
         assert layer.step_square is not None
         layer.input_square += square.nan_to_num(nan=0.0, posinf=0.0)  # of a step that was dropped for it

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparse_pretrain.evaluation.acceptance import total_acceptance
-from sparse_pretrain.evaluation.perplexity import total_loss
 from sparse_pretrain.hardware import peak_memory_gb
 from sparse_pretrain.runs import writing
 from sparse_pretrain.tasks.causal_lm import CausalLM
+from sparse_pretrain.tasks.task import Batch, Task, to_device
 from sparse_pretrain.tasks.teacher import Teacher
 
 SNAPSHOT_LAYERS, SNAPSHOT_ROWS, SNAPSHOT_COLUMNS = 3, 32, 64
@@ -55,7 +57,7 @@ class MetricsCallback(lightning.Callback):
         self.seconds, self._started = self.elapsed, 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, CausalLM)
+        assert isinstance(pl_module, Task)
         if trainer.is_global_zero:
             self._bar = tqdm(
                 total=min(pl_module.cfg.trainer.steps, pl_module.cfg.trainer.stop_after or sys.maxsize),
@@ -77,7 +79,7 @@ class MetricsCallback(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, CausalLM)
+        assert isinstance(pl_module, Task)
         cfg, step = pl_module.cfg.trainer, pl_module.steps_done
         last = step == cfg.steps
         if self._bar is not None:
@@ -91,9 +93,10 @@ class MetricsCallback(lightning.Callback):
         row = self._training_row(trainer, pl_module)
         self._pause()
         if validate:
-            self.val_loss = self._validate(trainer, pl_module)
-            row["val/loss"] = self.val_loss
-            if pl_module.teacher is not None and pl_module.teacher.is_there:
+            scores = self._validate(trainer, pl_module)
+            self.val_loss = scores["loss"]
+            row |= {f"val/{name}": score for name, score in scores.items()}
+            if isinstance(pl_module, CausalLM) and pl_module.teacher is not None and pl_module.teacher.is_there:
                 row["val/acceptance"] = self._validate_acceptance(trainer, pl_module, pl_module.teacher)
             if trainer.is_global_zero:
                 save_mask_snapshot(pl_module, self.run_dir, step)
@@ -104,13 +107,13 @@ class MetricsCallback(lightning.Callback):
         self._show(row, step, cfg.steps, validate)
         pl_module.guard.raise_if_stopped()
 
-    def _training_row(self, trainer: lightning.Trainer, module: CausalLM) -> dict[str, Any]:
+    def _training_row(self, trainer: lightning.Trainer, module: Task) -> dict[str, Any]:
         cfg, step = module.cfg, module.steps_done
         # waits for the device: the clock is read after it
         loss, norm, count, distillation, taught = module.sums.tolist()
         module.sums.zero_()
         seconds = self.elapsed
-        tokens_per_step = cfg.trainer.batch_size * cfg.data.seq_len
+        tokens_per_step = cfg.trainer.batch_size * cfg.data.tokens_per_example
         rate = (step - self.logged[0]) * tokens_per_step / (seconds - self.logged[1])
         self.logged = (step, seconds)
         row = {
@@ -129,19 +132,19 @@ class MetricsCallback(lightning.Callback):
         flip_rate = module.sparse_training.flip_rate()
         return row if flip_rate is None else {**row, "sparsity/flip_rate": flip_rate}
 
-    def _validate(self, trainer: lightning.Trainer, module: CausalLM) -> float:
+    def _validate(self, trainer: lightning.Trainer, module: Task) -> dict[str, float]:
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-        autocast = trainer.precision_plugin.forward_context
-        return _mean_over_ranks(trainer, *total_loss(module.model, loader, module.device, autocast))
+        sums = total_scores(module, loader, trainer.precision_plugin.forward_context)
+        return {name: _mean_over_ranks(trainer, values) for name, values in sums.items()}
 
-    def _validate_acceptance(self, trainer: lightning.Trainer, module: CausalLM, teacher: Teacher) -> float:
+    def _validate_acceptance(self, trainer: lightning.Trainer, module: Task, teacher: Teacher) -> float:
         """How often the teacher would accept the student's tokens, sampling at temperature 1."""
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
         autocast = trainer.precision_plugin.forward_context
         sums, tokens = total_acceptance(
             module.model, teacher.logits, loader, teacher.vocab_size, module.device, autocast
         )
-        return _mean_over_ranks(trainer, sums[0], tokens)
+        return _mean_over_ranks(trainer, torch.stack((sums[0], sums.new_tensor(tokens))))
 
     def _show(self, row: dict[str, Any], step: int, steps: int, validated: bool) -> None:
         if self._bar is None:
@@ -167,17 +170,32 @@ class MetricsCallback(lightning.Callback):
             self._bar.close()
 
 
-def _mean_over_ranks(trainer: lightning.Trainer, total: Tensor, tokens: int) -> float:
-    """The mean over all ranks' tokens; `total` is this rank's sum, 0-dim fp64."""
+@torch.no_grad()
+def total_scores(
+    module: Task, batches: Iterable[Batch], autocast: Callable[[], AbstractContextManager]
+) -> dict[str, Tensor]:
+    """The scores of batches together: each a sum and its count, (2,) fp64."""
+    training = module.model.training
+    module.model.eval()
+    total: dict[str, Tensor] = {}
+    for batch in batches:
+        with autocast():
+            scores = module.scores(to_device(batch, module.device))
+        total = {name: total.get(name, 0) + values for name, values in scores.items()}
+    module.model.train(training)
+    return total
+
+
+def _mean_over_ranks(trainer: lightning.Trainer, values: Tensor) -> float:
+    """The mean over all ranks' targets; `values` are this rank's sum and count, (2,) fp64."""
     if trainer.world_size > 1:
-        both = torch.stack((total, torch.tensor(float(tokens), dtype=torch.float64, device=total.device)))
-        both = trainer.strategy.reduce(both, reduce_op="sum")
-        assert isinstance(both, Tensor)
-        return float(both[0] / both[1])
-    return float(total) / tokens
+        reduced = trainer.strategy.reduce(values, reduce_op="sum")
+        assert isinstance(reduced, Tensor)
+        values = reduced
+    return float(values[0] / values[1])
 
 
-def save_mask_snapshot(module: CausalLM, run_dir: Path, step: int) -> None:
+def save_mask_snapshot(module: Task, run_dir: Path, step: int) -> None:
     """The upper left corner of a few masks (first, middle, last layer), as `masks/step-00000100.npz` with one uint8
     array (rows, columns) per layer name: what the report draws."""
     layers = list(module.sparse_training.layers.items())

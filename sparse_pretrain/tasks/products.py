@@ -11,7 +11,7 @@ from sparse24.dispatch import Plan, device_key
 from sparse_pretrain import runs
 from sparse_pretrain.paths import cache_dir
 from sparse_pretrain.sparsity.products import apply_plans, choose_plans
-from sparse_pretrain.tasks.causal_lm import CausalLM
+from sparse_pretrain.tasks.task import Task
 
 MEASUREMENTS = "sparse-products.json"  # in the cache folder
 
@@ -27,7 +27,7 @@ class ProductsCallback(lightning.Callback):
         self.run_dir, self.dtype = run_dir, dtype
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, CausalLM)
+        assert isinstance(pl_module, Task)
         if not pl_module.sparse_training.layers:
             return
         plans: dict[str, Plan] = {}
@@ -36,7 +36,7 @@ class ProductsCallback(lightning.Callback):
         plans = trainer.strategy.broadcast(plans)
         apply_plans(pl_module.model, plans, self.dtype)
 
-    def _plans(self, module: CausalLM, ranks: int) -> dict[str, Plan]:
+    def _plans(self, module: Task, ranks: int) -> dict[str, Plan]:
         cfg = module.cfg
         device = torch.device("cuda", torch.cuda.current_device()) if module.device.type == "cuda" else module.device
         facts = runs.read_json(self.run_dir / runs.RUN_FILE)
@@ -48,7 +48,7 @@ class ProductsCallback(lightning.Callback):
         micro_batch = min(cfg.trainer.micro_batch_size or batch, batch)
         plans, table = choose_plans(
             module.model,
-            tokens=micro_batch * cfg.data.seq_len,
+            rows={name: micro_batch * rows for name, rows in module.rows.items()},
             dtype=self.dtype,
             device=device,
             micro_batches=-(-batch // micro_batch),

@@ -18,9 +18,9 @@ from sparse_pretrain import runs
 from sparse_pretrain.checkpoint import store
 from sparse_pretrain.config import TeacherConfig
 from sparse_pretrain.errors import UserError
-from sparse_pretrain.models.gpt import GPT
-from sparse_pretrain.tasks.causal_lm import CausalLM
+from sparse_pretrain.tasks.build import build_model
 from sparse_pretrain.tasks.distillation import Targets, divergences, furthest_behind, make_targets
+from sparse_pretrain.tasks.task import Task
 from sparse_pretrain.tasks.teacher_logits import TeacherLogits
 from sparse_pretrain.tasks.trained import load_trained
 
@@ -32,11 +32,12 @@ class Teacher:
 
     Args:
         cfg: the losses' options.
-        models: frozen, token ids (batch, n) -> logits (batch, n, at least vocab_size).
+        models: frozen, token ids (batch, n) -> logits (batch, n, at least vocab_size), or images -> logits of classes.
         reference: a model of the same kind, for AdaSPEC.
-        vocab_size: of the tokenizer; rows that pad an embedding are cut off.
+        vocab_size: of the tokenizer; rows that pad an embedding are cut off. For images the number of classes.
         logits: where the models' outputs for training sequences are kept.
         numbers: step -> which sequences of the corpus this rank's batch holds, in order; needed with `logits`.
+        blank: makes a model like the student, dense, whose weights are to be replaced; needed for `self`.
     """
 
     def __init__(
@@ -47,43 +48,45 @@ class Teacher:
         vocab_size: int,
         logits: TeacherLogits | None = None,
         numbers: Callable[[int], np.ndarray] | None = None,
+        blank: Callable[[], nn.Module] | None = None,
     ) -> None:
         self.cfg, self.models, self.reference, self.vocab_size = cfg, models, reference, vocab_size
-        self._kept, self._numbers = logits, numbers
-        self.copy: GPT | None = None  # of the student
+        self._blank, self._kept, self._numbers = blank, logits, numbers
+        self.copy: nn.Module | None = None  # of the student
 
     @property
     def is_there(self) -> bool:
         """False until the student becomes sparse, where `self` is the only teacher."""
         return bool(self.models) or self.copy is not None
 
-    def appear(self, student: GPT) -> None:
+    def appear(self, student: nn.Module) -> None:
         """The student is about to make its first sparse step: if `self` teaches, keep a copy of its dense weights."""
         if SELF in self.cfg.models and self.copy is None:
             self._set_copy(student, dict(student.named_parameters(remove_duplicate=False)))
 
-    def load_copy(self, student: GPT, weights: dict[str, Tensor] | None) -> None:
+    def load_copy(self, student: nn.Module, weights: dict[str, Tensor] | None) -> None:
         """Restore the copy from a checkpoint (`weights`: its state dict; None = it had not appeared yet)."""
         if SELF in self.cfg.models and weights is not None:
             self._set_copy(student, weights)
 
-    def _set_copy(self, student: GPT, weights: Mapping[str, Tensor]) -> None:
-        rows, device = student.tok_embed.weight.shape[0], student.tok_embed.weight.device
+    def _set_copy(self, student: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        assert self._blank is not None
         with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, for nothing
-            copy = GPT(student.cfg, rows)
+            copy = self._blank()
         copy.load_state_dict({name: weights[name] for name in copy.state_dict()})
+        device = next(student.parameters()).device
         self.copy = copy.to(device).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor) -> Tensor:
-        """The mean of the models' logits (Allen-Zhu and Li 2023: an ensemble averages outputs).
+    def logits(self, inputs: Tensor) -> Tensor:
+        """The mean of the models' logits (Allen-Zhu and Li 2023: an ensemble averages outputs), fp32.
 
-        tokens: (batch, n) int64; returns (batch, n, vocab_size) fp32.
+        inputs: tokens (batch, n) int64 give (batch, n, vocab_size); images (batch, …) give (batch, classes).
         """
         models = self.models if self.copy is None else [*self.models, self.copy]
-        total = torch.zeros((), device=tokens.device)
+        total = torch.zeros((), device=inputs.device)
         for model in models:
-            total = total + model(tokens)[..., : self.vocab_size].float()
+            total = total + model(inputs)[..., : self.vocab_size].float()
         return total / len(models)
 
     def loss(self, student: Tensor, sequences: Tensor, step: int, first_row: int) -> Tensor:
@@ -123,14 +126,13 @@ class TeacherCallback(lightning.Callback):
 
     Args:
         run_dir: whose run.json says where the teachers are.
-        vocab_size: of the tokenizer.
     """
 
-    def __init__(self, run_dir: Path, vocab_size: int) -> None:
-        self.run_dir, self.vocab_size = run_dir, vocab_size
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, CausalLM)
+        assert isinstance(pl_module, Task)
         cfg = pl_module.cfg.recipe.teacher
         if not cfg.models:
             return
@@ -144,9 +146,10 @@ class TeacherCallback(lightning.Callback):
             cfg,
             [load(path, "models") for path in cfg.models if path != SELF],
             load(cfg.reference, "reference") if cfg.reference is not None else None,
-            self.vocab_size,
+            pl_module.sizes.vocab_size or pl_module.sizes.num_classes,
             TeacherLogits(Path(cfg.logits)) if cfg.logits is not None else None,
             lambda step: sampler.rank_indices(step, trainer.global_rank, trainer.world_size),
+            lambda: build_model(pl_module.cfg, pl_module.sizes),
         )
         teacher.load_copy(pl_module.model, pl_module.teacher_copy)
         pl_module.teacher_copy = None
@@ -160,18 +163,21 @@ class TeacherFolder:
     Attributes:
         folder: of a checkpoint of ours, or a Hugging Face folder.
         sha256: of its weights.
+        tokenizer_path: None = it reads no text.
         max_seq_len: None = no limit known.
     """
 
     folder: Path
     sha256: str
-    tokenizer_path: Path
+    tokenizer_path: Path | None
     max_seq_len: int | None
     hugging_face: bool = False
 
     def has_tokenizer(self, tokenizer: bytes) -> bool:
         """Whether a tokenizer.json gives each token the id that this model knows it by: for ours, whether it is the
         same file; for Hugging Face's, which may be written in another way, whether the vocabulary is the same."""
+        if self.tokenizer_path is None:
+            return False
         own = self.tokenizer_path.read_bytes()
         return tokenizer == own or (self.hugging_face and _vocabulary(tokenizer) == _vocabulary(own))
 
@@ -190,8 +196,8 @@ def find_teacher(path: str, option: str) -> TeacherFolder:
     return TeacherFolder(
         checkpoint,
         runs.read_json(checkpoint / store.MANIFEST_FILE)["sha256"],
-        run_dir / runs.TOKENIZER_FILE,
-        runs.read_config(run_dir).model.max_seq_len,
+        run_dir / runs.TOKENIZER_FILE if (run_dir / runs.TOKENIZER_FILE).is_file() else None,
+        getattr(runs.read_config(run_dir).model, "max_seq_len", None),
     )
 
 

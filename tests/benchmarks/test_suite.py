@@ -99,6 +99,7 @@ def test_the_whole_suite_rehearsed(tmp_path):
         "ffn",
         "step",
         "block",
+        "inference",
         "pretrain",
     }
     assert {run["recipe"] for run in kept["pretraining"]["runs"]} >= {"dense", "fst", "ste"}

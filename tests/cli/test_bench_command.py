@@ -21,7 +21,7 @@ def test_bench_writes_its_results(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("part=[fnn]", "part: found fnn; allowed: ceilings, products, operators, ffn, step, block, pretrain; did you mean ffn?"),
+        ("part=[fnn]", "part: found fnn; allowed: ceilings, products, operators, ffn, step, block, inference, pretrain; did you mean ffn?"),
         ("minutes=0", "minutes: found 0; allowed: at least 0.1"),
         ("accelerator=gpu", "accelerator: found gpu, but PyTorch sees no GPU here; allowed: auto, cpu"),
         ("out=/dev/null/x", "out: found /dev/null/x, which cannot be written"),

@@ -113,7 +113,10 @@ def test_gated_width_keeps_the_parameters():
 def test_counts(recipe):
     gpt = model()
     sparsify(gpt, load_recipe(recipe))
-    count = count_model(gpt, TINY, seq_len=16)
+    with torch.device("meta"):
+        dense = GPT(TINY, vocab_size=50)
+    count = count_model(gpt, dense, (torch.zeros(1, 16, dtype=torch.int64),), tokens=16)
+    assert count.rows["blocks.0.ffn.up"] == 16
     matrices = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 50 * 32
     assert count.flop_per_token == 6 * matrices + 12 * 2 * 32 * 16
     assert count.parameters == matrices + 16 * 32 + 5 * 32

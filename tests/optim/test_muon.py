@@ -9,6 +9,7 @@ from sparse_pretrain.checkpoint import store
 from sparse_pretrain.optim.adamw import MaskedDecay
 from sparse_pretrain.optim.muon import Muon
 from sparse_pretrain.tasks.causal_lm import CausalLM
+from sparse_pretrain.tasks.task import Sizes
 
 LR, MOMENTUM, WEIGHT_DECAY, FACTOR = 1e-2, 0.9, 0.1, 0.3
 
@@ -100,7 +101,7 @@ def test_a_resumed_run_is_bit_identical(tiny, tmp_path, stop, place):
 
 
 def test_a_dropped_step_leaves_a_model_with_both_optimizers_as_it_was(tiny):
-    task = CausalLM(tiny("fst", optimizer__name="muon"), vocab_size=320)
+    task = CausalLM(tiny("fst", optimizer__name="muon"), Sizes(vocab_size=320))
     optimizers = task.configure_optimizers()
     before = [p.detach().clone() for p in task.model.parameters()]
     for optimizer in optimizers:

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparse_pretrain.config import AdapterConfig, RecipeConfig
-from sparse_pretrain.config_models import GPTConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.models.count import count_model
 from sparse_pretrain.sparsity import SparseLinear
@@ -486,13 +485,13 @@ def test_attach_refuses_another_shape_and_a_second_adapter():
 @every_kind
 def test_flop_count_sees_the_products(cfg):
     """6 FLOP per weight and token; sums over fixed groups are additions, and not counted."""
-    model = GPTConfig(name="none", n_layer=0, n_head=1, d_model=IN)
-    layer = trained(cfg)
+    model = nn.Sequential(trained(cfg))
+    dense = nn.Sequential(nn.Linear(IN, OUT, device="meta"))
     weights = {
         "lora": cfg.rank * (IN + OUT),
         "slorb": IN // cfg.group * (OUT + (IN if cfg.train_groups else 0)),
     }
-    assert count_model(layer, model, 1).flop_per_token == 6 * (IN * OUT + weights[cfg.kind])
+    assert count_model(model, dense, (torch.zeros(1, 3, IN),), 3).flop_per_token == 6 * (IN * OUT + weights[cfg.kind])
 
 
 def test_the_hook_adds_in_the_layers_own_precision():

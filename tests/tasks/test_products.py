@@ -78,9 +78,9 @@ def test_a_resumed_run_keeps_its_plans(tiny, pretend, monkeypatch):
             raise RuntimeError("stop")
         return original(self, *args)
 
-    original = products.CausalLM.training_step
+    original = products.Task.training_step
     with monkeypatch.context() as patch:
-        patch.setattr(products.CausalLM, "training_step", stop)
+        patch.setattr(products.Task, "training_step", stop)
         with pytest.raises(RuntimeError, match="stop"):
             train.run(tiny("fst", "stopped", trainer__backend="gluon"))
     folder = whole.parent / "stopped"

@@ -18,7 +18,9 @@ from sparse_pretrain.evaluation.perplexity import total_loss
 from sparse_pretrain.optim import adamw
 from sparse_pretrain.sparsity import SparseLinear, SparseTraining, sparsify
 from sparse_pretrain.sparsity.schedule import DENSE_WARMUP, SPARSE
-from sparse_pretrain.tasks.causal_lm import build_model
+from sparse_pretrain.tasks.build import build_model
+from sparse_pretrain.tasks.metrics import total_scores
+from sparse_pretrain.tasks.task import Sizes
 from sparse_pretrain.tasks.trained import load_trained
 from tests.tasks.test_products import Pretend
 from tests.tasks.test_training import assert_same_run, final_state, metrics
@@ -114,19 +116,19 @@ def test_maskllm_hardens_to_2_4_with_frozen_weights(tiny, monkeypatch):
     """Its validation loss is that of a plain model with the likeliest pattern of each group."""
     losses = []
 
-    def plain_loss(model, batches, device, autocast):
-        batches = list(batches)
-        plain = build_model(cfg, vocab_size=320)
+    def plain_loss(task, batches, autocast):
+        batches, model = list(batches), task.model
+        plain = build_model(cfg, Sizes(vocab_size=320))
         state = {name: value for name, value in model.state_dict().items() if name in plain.state_dict()}
         for name, layer in model.named_modules():
             if isinstance(layer, SparseLinear) and layer.is_sparse:
                 pattern = layer.learned.patterns[layer.learned.logits.argmax(-1)].flatten(1)
                 state[f"{name}.weight"] = layer.weight * pattern
         plain.load_state_dict(state)
-        losses.append(float(total_loss(plain, batches, device, autocast)[0]))
-        return total_loss(model, batches, device, autocast)
+        losses.append(float(total_loss(plain, batches, torch.device("cpu"), autocast)[0]))
+        return total_scores(task, batches, autocast)
 
-    monkeypatch.setattr("sparse_pretrain.tasks.metrics.total_loss", plain_loss)
+    monkeypatch.setattr("sparse_pretrain.tasks.metrics.total_scores", plain_loss)
     cfg = tiny("maskllm", **MASKLLM, **EVERY_STEP)
     run_dir = train.run(cfg)
     rows, saved = metrics(run_dir), states(run_dir)

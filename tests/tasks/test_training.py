@@ -12,10 +12,10 @@ from sparse_pretrain import preflight, runs, train, worker
 from sparse_pretrain.checkpoint import store
 from sparse_pretrain.checkpoint.callback import CheckpointCallback
 from sparse_pretrain.errors import UserError
-from sparse_pretrain.evaluation.perplexity import total_loss
 from sparse_pretrain.interrupt import Interrupted
 from sparse_pretrain.sparsity.schedule import DENSE_FINETUNE, DENSE_WARMUP, SPARSE
 from sparse_pretrain.tasks.causal_lm import CausalLM
+from sparse_pretrain.tasks.metrics import total_scores
 
 TIMING = ("seconds", "train/tokens_per_second", "train/mfu", "train/memory_gb")
 
@@ -360,7 +360,7 @@ def test_validation_and_checkpoints_are_not_on_the_clock(tiny, monkeypatch):
 
     monkeypatch.setattr("sparse_pretrain.tasks.metrics.time.perf_counter", look)
     monkeypatch.setattr(store, "save", slow(store.save))
-    monkeypatch.setattr("sparse_pretrain.tasks.metrics.total_loss", slow(total_loss))
+    monkeypatch.setattr("sparse_pretrain.tasks.metrics.total_scores", slow(total_scores))
     run_dir = train.run(tiny("fst", trainer__checkpoint_every=1, trainer__log_every=5))
     rows = runs.read_rows(run_dir / runs.METRICS_FILE)
     assert now[0] > 12_000

@@ -1,0 +1,365 @@
+"""`export`: what other libraries, in processes that never import ours, make of the folders."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from sparse_pretrain import cli, runs, train
+from sparse_pretrain.errors import UserError
+from sparse_pretrain.models import huggingface
+from sparse_pretrain.models.huggingface.packed import damage, dense_tensors, read_packed, semi_structured
+from sparse_pretrain.sparsity.linear import SparseLinear
+from sparse_pretrain.tasks.trained import load_trained
+
+transformers = pytest.importorskip("transformers")
+
+SPARSE_TO_THE_END = {"recipe__schedule__dense_finetune": 0.0, "recipe__schedule__refresh_every": 1}
+LLAMA = {
+    "model__norm": "rms_norm", "model__activation": "swiglu", "model__position": "rotary", "model__n_kv_head": 1,
+    "model__tied_embeddings": False, "recipe__include": ["blocks.*"],
+}  # fmt: skip
+LORA = {
+    "recipe__adapter__kind": "lora",
+    "recipe__adapter__rank": 3,
+    "recipe__adapter__alpha": 5.0,
+    "recipe__adapter__init": "kaiming",
+}
+SLORB = {"recipe__adapter__kind": "slorb", "recipe__adapter__group": 4}
+CPU = torch.device("cpu")
+
+ELSEWHERE = """
+import json, os, sys, torch, transformers
+found = []
+for folder in sys.argv[2:]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    if os.path.isdir(f"{folder}/adapter"):
+        import peft
+        model = peft.PeftModel.from_pretrained(model, f"{folder}/adapter")
+    ids = tokenizer(sys.argv[1], return_tensors="pt").input_ids[:, :16]
+    with torch.no_grad():
+        logits = model(ids).logits
+        generated = model.generate(ids[:, :4], max_new_tokens=10, do_sample=False)
+    found.append({
+        "ids": ids.tolist(), "logits": logits.tolist(), "generated": generated.tolist(), "eos": tokenizer.eos_token,
+        "length": tokenizer.model_max_length, "class": type(model).__name__,
+    })
+assert not {"sparse_pretrain", "sparse24", "lightning"} & {name.partition(".")[0] for name in sys.modules}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture
+def export(capsys, tmp_path):
+    """export("dense", *options) -> the folder, and what was printed."""
+
+    def run(name: str, checkpoint: Path | str, *options: str) -> tuple[Path, str]:
+        cli.main(["export", f"checkpoint={checkpoint}", f"out={tmp_path / name}", *options])
+        return tmp_path / name, capsys.readouterr().out
+
+    return run
+
+
+def elsewhere(code: str, *arguments: object, path: str = "") -> list[dict]:
+    """What a process printed that has nothing of ours on its path."""
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd="/"
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@torch.no_grad()
+def assert_same(run_dir: Path, folder: Path) -> None:
+    """transformers computes as the run's checkpoint does."""
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    tokens = torch.randint(300, (3, 16), generator=torch.Generator().manual_seed(0))
+    model = load_trained(str(run_dir), CPU).model
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-5, rtol=0)
+
+
+def is_2_4(weight: torch.Tensor) -> bool:
+    return bool(((weight.reshape(-1, 4) != 0).sum(1) <= 2).all())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "cls", "layers", "transposed"),
+    [
+        ("ste", SPARSE_TO_THE_END, "GPT2LMHeadModel", 4, True),
+        ("s_ste", SPARSE_TO_THE_END, "GPT2LMHeadModel", 4, True),
+        ("fst", SPARSE_TO_THE_END | LLAMA, "LlamaForCausalLM", 14, False),
+    ],
+    ids=["gpt2", "scale", "llama"],
+)
+def test_dense_and_packed(tiny, export, recipe, changes, cls, layers, transposed):
+    run_dir = train.run(tiny(recipe, **changes))
+    dense, output = export("dense", run_dir)
+    assert f"2:4 in {layers} layers" in output
+    assert f'load        transformers.{cls}.from_pretrained("{dense}")' in output
+    section = json.loads((dense / "config.json").read_text())["sparsity_config"]
+    tensors = load_file(dense / "model.safetensors")
+    assert section["format"] == "dense"
+    assert section["sparsity_structure"] == "2:4"
+    assert section["recipe"] == recipe
+    assert len(section["targets"]) == layers
+    zeros = 0
+    for name in section["targets"]:
+        weight = tensors[f"{name}.weight"].t() if transposed else tensors[f"{name}.weight"]
+        assert is_2_4(weight)
+        assert is_2_4(weight.t()) == (recipe == "fst")  # whose masks are transposable
+        zeros += int((weight == 0).sum())
+    total = sum(tensor.numel() for tensor in tensors.values())
+    extra = sum(int((t == 0).sum()) for n, t in tensors.items() if n.removesuffix(".weight") not in section["targets"])
+    assert section["global_sparsity"] == pytest.approx((zeros + extra) / total, abs=1e-6)
+    assert_same(run_dir, dense)
+
+    packed, output = export("packed", run_dir, "format=packed")
+    assert "load " not in output
+    stored = load_file(packed / "model.safetensors")
+    for name in section["targets"]:
+        out_features, in_features = tensors[f"{name}.weight"].shape[:: -1 if transposed else 1]
+        assert stored[f"{name}.weight.values"].shape == (out_features, in_features // 2)
+        assert stored[f"{name}.weight.metadata"].shape == (out_features, -(-in_features // 16))
+        assert f"{name}.weight" not in stored
+    again = dense_tensors(read_packed(packed, "checkpoint"), section)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name].view(torch.int32), tensors[name].view(torch.int32)) for name in tensors)
+    loaded, other = huggingface.load(packed), huggingface.load(dense)
+    assert all(torch.equal(loaded.state_dict[name], other.state_dict[name]) for name in other.state_dict)
+    model = load_trained(str(run_dir), CPU).model
+    mine = {name for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    assert set(loaded.sparse_layers) == set(other.sparse_layers) == mine
+    # and a Hugging Face folder is exported as it is
+    unpacked, _ = export("unpacked", packed, "format=dense")
+    assert (unpacked / "model.safetensors").read_bytes() == (dense / "model.safetensors").read_bytes()
+    assert json.loads((unpacked / "config.json").read_text()) == json.loads((dense / "config.json").read_text())
+    assert (unpacked / "tokenizer_config.json").is_file()
+
+
+def test_a_process_that_never_imports_ours(tiny, corpus, export):
+    """Tokens, logits and greedy continuations of both kinds of decoders, and with adapters that PEFT puts on them."""
+    kinds = [{}, LLAMA]
+    if importlib.util.find_spec("peft") is not None:
+        kinds += [LORA, LORA | LLAMA]
+    run_dirs = [train.run(tiny("ste", run_dir=f"run{i}", **SPARSE_TO_THE_END, **kind)) for i, kind in enumerate(kinds)]
+    folders = [export(f"out{i}", run_dir, "adapters=apart")[0] for i, run_dir in enumerate(run_dirs)]
+    text = corpus.read_text()[:200]
+    for run_dir, there in zip(run_dirs, elsewhere(ELSEWHERE, text, *folders), strict=True):
+        assert (there["eos"], there["length"]) == ("<|endoftext|>", 16)
+        own = Tokenizer.from_file(str(run_dir / runs.TOKENIZER_FILE))
+        assert there["ids"] == [own.encode(text, add_special_tokens=False).ids[:16]]
+        model, tokens = load_trained(str(run_dir), CPU).model, torch.tensor(there["ids"])
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens), torch.tensor(there["logits"]), atol=1e-5, rtol=0)
+        mine = model.generate(tokens[:, :4], 10, temperature=0, stop_token=own.token_to_id("<|endoftext|>"))
+        assert mine.tolist() == there["generated"]
+
+
+def test_half_precision_and_their_semi_structured(tiny, export):
+    run_dir = train.run(tiny("ste", model__d_model=32, **SPARSE_TO_THE_END))
+    dense, _ = export("dense", run_dir, "dtype=bf16")
+    packed, _ = export("packed", run_dir, "dtype=bf16", "format=packed")
+    assert json.loads((dense / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    tensors, found = load_file(dense / "model.safetensors"), read_packed(packed, "checkpoint")
+    section = json.loads((packed / "config.json").read_text())["sparsity_config"]
+    for name in section["targets"]:
+        theirs = semi_structured(found[f"{name}.weight"])
+        assert torch.equal(theirs.to_dense(), tensors[f"{name}.weight"].t())
+    share = (packed / "model.safetensors").stat().st_size / (dense / "model.safetensors").stat().st_size
+    assert share < 0.85
+    with pytest.raises(ValueError, match="values must be float16 or bfloat16; found torch.float32"):
+        semi_structured(found[f"{name}.weight"]._replace(values=found[f"{name}.weight"].values.float()))
+
+
+def test_damage_is_found(tiny, export, tmp_path):
+    run_dir = train.run(tiny("ste", **SPARSE_TO_THE_END))
+    folder, _ = export("packed", run_dir, "format=packed")
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    broken = bytearray(whole)
+    broken[-5] ^= 1
+    path.write_bytes(broken)
+    with pytest.raises(UserError, match=r"init_from: found .*model.safetensors with a wrong checksum"):
+        huggingface.load(folder, "init_from")
+    path.write_bytes(whole)
+    name = "transformer.h.1.mlp.c_fc.weight"
+    packed = read_packed(folder, "checkpoint")[name]
+    assert damage(packed) is None
+    metadata = packed.metadata.clone()
+    metadata[3, 0] = (metadata[3, 0] & ~0xF0) | 0x50  # positions 0 and 0... of the second group: 01 01
+    assert damage(packed._replace(metadata=metadata)) == "positions that do not ascend in group 1 of row 3"
+    metadata[3, 0] = (packed.metadata[3, 0] & ~0xF) | (0b0011)  # 3, 0
+    assert damage(packed._replace(metadata=metadata)) == "positions that do not ascend in group 0 of row 3"
+    assert "metadata of shape (64, 1) and torch.int32" in damage(packed._replace(metadata=packed.metadata.int()))
+    assert "metadata of shape (63, 1)" in damage(packed._replace(metadata=packed.metadata[1:]))
+    assert "values of shape (64, 7)" in damage(packed._replace(values=packed.values[:, 1:], cols=14))
+    # A tensor taken away, with the checksum of what is left: the check of the model's own shapes finds it
+    tensors = load_file(path)
+    del tensors[f"{name}.metadata"]
+    save_file(tensors, path)
+    with pytest.raises(UserError, match="wrong checksum"):
+        huggingface.load(folder)
+
+
+def test_a_run_that_ended_dense(tiny, export, capsys):
+    run_dir = train.run(tiny("fst", recipe__schedule__dense_finetune=0.5, recipe__schedule__refresh_every=2))
+    folder, output = export("dense", run_dir)
+    assert "weights     dense" in output
+    assert "note        the checkpoint is of a dense phase of its run, so its weights are dense" in output
+    assert "sparsity_config" not in json.loads((folder / "config.json").read_text())
+    assert_same(run_dir, folder)
+    with pytest.raises(SystemExit):
+        export("packed", run_dir, "format=packed")
+    assert "error: format: found packed, but the weights of" in capsys.readouterr().err
+    assert not (folder.parent / "packed").exists()
+
+
+@pytest.mark.parametrize("adapter", [LORA, SLORB], ids=["lora", "slorb"])
+@pytest.mark.parametrize("recipe", ["ste", "dense"])
+def test_adapters_merged(tiny, export, recipe, adapter):
+    changes = (SPARSE_TO_THE_END if recipe == "ste" else {}) | adapter
+    run_dir = train.run(tiny(recipe, **changes))
+    folder, output = export("merged", run_dir, "adapters=merged")
+    assert "weights     dense" in output
+    assert_same(run_dir, folder)
+
+
+@pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt2", "llama"])
+def test_adapters_apart(tiny, export, changes):
+    run_dir = train.run(tiny("ste", **SPARSE_TO_THE_END, **LORA, **changes))
+    folder, output = export("apart", run_dir, "adapters=apart")
+    assert f'adapters    apart: peft.PeftModel.from_pretrained(model, "{folder}/adapter")' in output
+    assert "2:4 in" in output
+    alone, output = export("alone", run_dir, "format=adapters")
+    assert sorted(path.name for path in alone.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    mine, theirs = (
+        load_file(folder / "adapter" / "adapter_model.safetensors"),
+        load_file(alone / "adapter_model.safetensors"),
+    )
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    config = json.loads((alone / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["fan_in_fan_out"]) == (3, 5.0, not changes)
+    sparse = json.loads((folder / "config.json").read_text())["sparsity_config"]["targets"]
+    assert config["target_modules"] == sorted(sparse)
+    # What PEFT computes (Hu et al. 2021), by hand
+    weights = load_file(folder / "model.safetensors")
+    for name in sparse:
+        a, b = (mine[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        delta = b @ a * config["lora_alpha"] / config["r"]
+        weights[f"{name}.weight"] += delta.t() if config["fan_in_fan_out"] else delta
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_same(run_dir, folder)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "options", "message"),
+    [
+        (LORA, [], "adapters: found nothing, but "),
+        (LORA, ["format=packed", "adapters=merged"], "adapters: found merged with format=packed, where they would fill up the zeros; allowed: apart"),
+        (SLORB, ["format=adapters"], "adapters: found apart for recipe.adapter.kind=slorb, which PEFT has no form for; allowed: merged. adapter.safetensors beside"),
+        ({}, ["format=adapters"], "format: found adapters, but "),
+        ({"model__norm": "rms_norm"}, [], "model.norm: found rms_norm; allowed: layer_norm. GPT-2 is the architecture"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_exported(tiny, export, capsys, tmp_path, adapter, options, message):
+    run_dir = train.run(tiny("ste", **SPARSE_TO_THE_END, **adapter))
+    before = set(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        export("out", run_dir, *options)
+    assert message in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_folder_that_is_there(export, capsys, tmp_path):
+    (tmp_path / "here").mkdir()
+    with pytest.raises(SystemExit):
+        export("here", "nowhere")
+    assert "out: found" in capsys.readouterr().err
+
+
+ROLLING = """
+task: rolling
+dataset_path: text
+dataset_kwargs: {data_files: {test: TEXT}, sample_by: document}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]
+"""
+CHOICE = """
+task: choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: QUESTIONS}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{label}}"
+target_delimiter: " "
+metric_list: [{metric: acc}]
+"""
+
+
+def test_lm_eval(tiny, corpus, export, tmp_path):
+    """Perplexity and multiple choice by lm-evaluation-harness, told nothing of us: its loglikelihoods are ours."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate", reason="lm_eval's models of transformers need accelerate")
+    run_dir = train.run(tiny("ste", **SPARSE_TO_THE_END))
+    folder, _ = export("dense", run_dir)
+    model = load_trained(str(run_dir), CPU).model
+    own = Tokenizer.from_file(str(run_dir / runs.TOKENIZER_FILE))
+    end = own.token_to_id("<|endoftext|>")
+    words = corpus.read_text().split()
+    (tmp_path / "text.txt").write_text(" ".join(words[:60]))
+    questions = [
+        {"question": " ".join(words[i : i + 2]), "choices": words[i + 2 : i + 5], "label": 0} for i in (0, 9, 30)
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "rolling.yaml").write_text(ROLLING.replace("TEXT", str(tmp_path / "text.txt")))
+    (tasks / "choice.yaml").write_text(CHOICE.replace("QUESTIONS", str(tmp_path / "questions.jsonl")))
+    environment = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={folder},dtype=float32",
+         "--tasks", "rolling,choice", "--include_path", str(tasks), "--device", "cpu", "--batch_size", "1",
+         "--output_path", str(tmp_path / "results"), "--log_samples"],
+        capture_output=True, text=True, env=environment, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    (scores,) = (tmp_path / "results").rglob("results_*.json")
+    results = json.loads(scores.read_text())["results"]
+
+    @torch.no_grad()
+    def loglikelihood(context: list[int], continuation: list[int]) -> float:
+        logits = model(torch.tensor([(context + continuation)[:-1]])).log_softmax(-1)[0, -len(continuation) :]
+        return float(logits.gather(1, torch.tensor(continuation)[:, None]).sum())
+
+    # lm-eval's protocol: windows of 16 tokens, each read after the token before it; the last one reads back to 16
+    tokens = own.encode((tmp_path / "text.txt").read_text(), add_special_tokens=False).ids
+    assert len(tokens) > 32
+    total = 0.0
+    for start in range(0, len(tokens), 16):
+        part = tokens[start : start + 16]
+        total += loglikelihood(([end, *tokens])[max(start + len(part) - 16, 0) : start + 1], part)
+    assert results["rolling"]["word_perplexity,none"] == pytest.approx(math.exp(-total / 60), rel=1e-4)
+    (samples,) = (tmp_path / "results").rglob("samples_choice_*.jsonl")
+    for question, line in zip(questions, samples.read_text().splitlines(), strict=True):
+        context = own.encode(question["question"], add_special_tokens=False).ids
+        for choice, (((there, _),),) in zip(question["choices"], [[r] for r in json.loads(line)["resps"]], strict=True):
+            continuation = own.encode(f"{question['question']} {choice}", add_special_tokens=False).ids[len(context) :]
+            assert float(there) == pytest.approx(loglikelihood(context, continuation), rel=1e-4)
