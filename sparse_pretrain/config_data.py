@@ -37,7 +37,7 @@ class TextConfig(DataConfig):
     hf_text_column: str = "text"
     hf_streaming: bool = False
     max_documents: int | None = None
-    tokenizer: str = "bpe"  # train a byte-level BPE (or wordpiece) on the corpus, or the path of a tokenizer.json
+    tokenizer: str = "bpe"  # train one on the corpus (bpe, wordpiece), or a path: see docs/data.md
     vocab_size: int = 32768  # of the tokenizer to train
     seq_len: int = 1024
 

@@ -54,7 +54,7 @@ def run(cfg: EvaluateConfig) -> None:
                 )
         shown |= evaluate_task(cfg, trained, autocast)
     for name, value in shown.items():
-        print(f"{name:<15} {value}")
+        print(f"{name:<17} {value}")
 
 
 def evaluate_task(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def find_source(cfg: ExportConfig, scratch: Path) -> Source:
 
 
 def _from_folder(cfg: ExportConfig, folder: Path, name: str) -> Source:
-    """A Hugging Face folder of any architecture, its files as they are, with the adapters that `prune` may have left."""
+    """A Hugging Face folder of any architecture, its files as they are, with adapters that `prune` may have left."""
     config = read_config_file(folder, "checkpoint").values
     model_type = config.get("model_type", "")
     section = config.pop(SECTION, {})
@@ -81,12 +81,14 @@ def _from_folder(cfg: ExportConfig, folder: Path, name: str) -> Source:
     path = folder / runs.ADAPTER_FILE
     if path.is_file():
         options, layers = adapters_in(path)
+        if options.kind != LoRA.kind:
+            raise UserError("checkpoint", f"{path} of kind {options.kind}", [LoRA.kind])
         parameters, _ = read_safetensors(path, "checkpoint")
         adapters = {
             layer: LowRank(parameters[f"{layer}.adapter.a"], parameters[f"{layer}.adapter.b"], options.alpha)
             for layer in layers
         }
-        model = huggingface.Converted(config, tensors, _layers_of(folder, model_type, layers))
+        model = huggingface.Converted(config, tensors, _layers_of(folder, model_type, tensors, layers))
         if _stay_apart(cfg, name, options.kind, model_type in ("vit", "deit")):
             apart = adapters
         else:
@@ -101,10 +103,10 @@ def _from_folder(cfg: ExportConfig, folder: Path, name: str) -> Source:
     )
 
 
-def _layers_of(folder: Path, model_type: str, layers: list[str]) -> dict[str, Rule]:
+def _layers_of(folder: Path, model_type: str, tensors: Iterable[str], layers: list[str]) -> dict[str, Rule]:
     """Layers by the names that they have when we load the folder -> theirs."""
     if huggingface.is_known(folder):
-        return huggingface.layers(folder)
+        return huggingface.layers(folder, tensors)
     conv1d = is_conv1d_architecture(model_type)
     return {
         layer: Rule(f"{layer}.weight", (f"{layer.removeprefix('model.')}.weight",), transposed=conv1d)
@@ -120,7 +122,10 @@ def _from_run(cfg: ExportConfig, trained: Trained, scratch: Path) -> Source:
     sparse = any(isinstance(module, SparseLinear) and module.is_sparse for module in model.modules())
     apart = _take_adapters(cfg, trained)
     densify(model)
-    merge_adapters(model)
+    try:
+        merge_adapters(model)
+    except ValueError as error:
+        raise UserError("adapters", f"merged, but {error}", ["apart"]) from error
     facts = runs.read_json(trained.checkpoint.parent.parent / runs.RUN_FILE).get("corpus", {})
     ids: dict[str, int | None] | None = None
     content = trained.tokenizer_path.read_bytes() if trained.tokenizer_path.is_file() else None

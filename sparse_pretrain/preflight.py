@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparse_pretrain import runs
 from sparse_pretrain.config import TrainConfig
@@ -86,7 +86,7 @@ def check_resume(cfg: TrainConfig) -> Path:
 
     checkpoint = store.resolve(Path(cfg.resume), option="resume")
     source = checkpoint.parent.parent
-    _check_same_model(cfg, source, "resume", _STATE_OPTIONS)
+    _check_same_model(cfg, to_dict(runs.read_config(source)), "resume", _STATE_OPTIONS)
     if runs.read_config(source).recipe.frozen_preconditioner and not cfg.recipe.frozen_preconditioner:
         raise UserError(
             "recipe.frozen_preconditioner", "false, for a checkpoint whose second moment may be frozen", ["true"]
@@ -101,22 +101,29 @@ def check_resume(cfg: TrainConfig) -> Path:
 
 
 def check_init(cfg: TrainConfig) -> Path:
-    """The run folder of the checkpoint that `init_from` names.
+    """The run folder of the checkpoint that `init_from` names, or the Hugging Face folder.
 
     Raises:
         UserError: it is missing, damaged, or of another model.
     """
     from sparse_pretrain.checkpoint import store
+    from sparse_pretrain.models import huggingface
 
     assert cfg.init_from is not None
-    source = store.resolve(Path(cfg.init_from), option="init_from").parent.parent
-    _check_same_model(cfg, source, "init_from")
+    source = Path(cfg.init_from).expanduser()
+    if huggingface.is_hugging_face(source):
+        _check_same_model(cfg, {"model": to_dict(huggingface.load(source, "init_from").cfg)}, "init_from")
+        return source
+    source = store.resolve(source, option="init_from").parent.parent
+    _check_same_model(cfg, to_dict(runs.read_config(source)), "init_from")
     return source
 
 
-def _check_same_model(cfg: TrainConfig, source: Path, option: str, options: tuple[str, ...] = ()) -> None:
-    """Raises UserError naming `option` if the run in `source` has another model, or others of `options`."""
-    there = flatten(to_dict(runs.read_config(source)))
+def _check_same_model(
+    cfg: TrainConfig, source: dict[str, Any], option: str, options: tuple[str, ...] = ()
+) -> None:
+    """Raises UserError naming `option` if a config `source` has another model, or others of `options`."""
+    there = flatten(source)
     here = flatten(to_dict(cfg))
     for name in here:
         shapes = name.startswith("model.") and name not in _FREE_MODEL_OPTIONS
@@ -243,7 +250,7 @@ def check_same_corpus(run_dir: Path, tokens: Store) -> None:
 
 def check_same_tokenizer(source: Path, tokens: Store, option: str) -> None:
     """Raises UserError naming `option` if the token ids of the run in `source` mean something else than this run's."""
-    if tokens.tokenizer_path is None:
+    if tokens.tokenizer_path is None or not (source / runs.TOKENIZER_FILE).is_file():
         return
     if (source / runs.TOKENIZER_FILE).read_bytes() != tokens.tokenizer_path.read_bytes():
         raise UserError(

@@ -1,4 +1,4 @@
-"""`sparse-pretrain train`: check, prepare the tokens, open the run folder, train, show what came out."""
+"""`sparse-pretrain train`: check, prepare the data, open the run folder, train, show what came out."""
 
 from __future__ import annotations
 
@@ -41,27 +41,27 @@ def run(cfg: TrainConfig, command: str = "") -> Path:
         source = None if continues or cfg.resume in ("auto", "never") else preflight.check_resume(cfg)
         start = None if continues or cfg.init_from is None else preflight.check_init(cfg)
         teachers = preflight.check_teacher(cfg, run_dir)
-        tokens = prepare(cfg.data)
-        sizes = Sizes.of(tokens)
+        data = prepare(cfg.data)
+        sizes = Sizes.of(data)
         preflight.check_vocabulary(cfg, sizes.vocab_size)
-        preflight.check_teacher_tokenizer(teachers, tokens.tokenizer_path)
-        preflight.check_teacher_logits(cfg, teachers, tokens)
+        preflight.check_teacher_tokenizer(teachers, data.tokenizer_path)
+        preflight.check_teacher_logits(cfg, teachers, data)
         runs.open_run(cfg, run_dir)
         preflight.check_disk(cfg, run_dir, sizes)
         with runs.locked(run_dir):
             for note in store.set_aside_damaged(run_dir / runs.CHECKPOINTS):
                 print(note, file=sys.stderr)
             if continues:
-                preflight.check_same_corpus(run_dir, tokens)
+                preflight.check_same_corpus(run_dir, data)
             if source is not None:
-                preflight.check_same_tokenizer(source, tokens, "resume")
+                preflight.check_same_tokenizer(source, data, "resume")
             if start is not None:
-                preflight.check_same_tokenizer(start, tokens, "init_from")
+                preflight.check_same_tokenizer(start, data, "init_from")
             facts = {
                 **runs.read_json(run_dir / runs.RUN_FILE),
                 "id": runs.run_id(run_dir),
                 "command": command,
-                "data": str(tokens.folder),
+                "data": str(data.folder),
                 "teachers": {
                     path: {"folder": str(teacher.folder), "sha256": teacher.sha256}
                     for path, teacher in teachers.items()
@@ -72,9 +72,9 @@ def run(cfg: TrainConfig, command: str = "") -> Path:
 
                 facts["decay_search"] = search(cfg, SearchConfig(), run_dir / runs.DECAY_SEARCH, run)
             runs.write_json(run_dir / runs.RUN_FILE, facts)
-            if tokens.tokenizer_path is not None:
+            if data.tokenizer_path is not None:
                 with runs.writing(run_dir):
-                    shutil.copyfile(tokens.tokenizer_path, run_dir / runs.TOKENIZER_FILE)
+                    shutil.copyfile(data.tokenizer_path, run_dir / runs.TOKENIZER_FILE)
             from sparse_pretrain.launch import launch
 
             launch(cfg, run_dir)

@@ -21,9 +21,32 @@ def composed(*overrides) -> TrainConfig:
         return schema.load(TrainConfig, cli._plain(compose("train", overrides=list(overrides))))
 
 
+# What a choice does not go without.
+IMAGES, PAIRS = "data=cifar10", "data=multi30k"
+BESIDE = {
+    "text": ["data.train=[x]"],
+    "draft": ["recipe.teacher.models=[x]"],
+    "hf": ["model.path=gpt2"],
+    **{name: [IMAGES] for name in ("vit_nano",)},
+    **{name: [IMAGES, "data.image_size=224"] for name in ("deit_tiny", "deit_small", "deit_base")},
+    **{name: [IMAGES, "data.image_size=224"] for name in ("resnet18", "resnet50", "densenet121")},
+    **{name: [PAIRS] for name in ("seq2seq_nano", "transformer_base", "transformer_big")},
+    **{name: ["model=vit_nano"] for name in ("cifar10", "cifar100")},
+    "fashion_mnist": ["model=vit_nano", "model.image_size=28", "model.channels=1"],
+    "imagenet": ["model=deit_tiny"],
+    "images": ["model=deit_tiny", "data.train=[x]"],
+    "squad": ["model=bert_base"],
+    **{name: ["model=seq2seq_nano"] for name in ("wmt14", "e2e", "wikisql", "multi30k")},
+    "pairs": ["model=seq2seq_nano", "data.train=[x]"],
+}
+
+
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda value: value)
-def test_every_choice_makes_a_valid_run(group, choice):
-    extra = {"text": ["data.train=[x]"], "draft": ["recipe.teacher.models=[x]"]}.get(choice, [])
+def test_every_choice_makes_a_valid_run(group, choice, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    extra = BESIDE.get(choice, [])
     cfg = composed(f"{group}={choice}", *extra)
     crosscheck.check(cfg)
     if group in ("model", "data", "recipe"):

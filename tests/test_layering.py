@@ -52,6 +52,7 @@ ALLOWED = {
     "launch": ["config", "interrupt", "worker"],
     "crosscheck": ["config", "config_models", "config_data", "errors", "limits", "objective"],
     "preflight": [
+        "models",
         "config",
         "config_data",
         "schema",

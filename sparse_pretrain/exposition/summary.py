@@ -151,11 +151,11 @@ def pruning_text(summary: Summary) -> str:
             if parse_pattern(target) is not None
         ]
     notes = [
-        f"weights at {percent(summary.target)}: the fewest with which a pruned network reached it, of weights on a path "
-        "from an input to the output; width: its neurons a layer before.",
+        f"weights at {percent(summary.target)}: the fewest with which a pruned network reached it, of weights on a "
+        "path from an input to the output; width: its neurons a layer before.",
         f"best with {limit}: the best accuracy with no more such weights, as the sparsest network of the search has.",
-        "no path: kept weights that are on none, mean over trainings. neurons: hidden neurons with kept weights, but on "
-        "no path; mean.",
+        "no path: kept weights that are on none, mean over trainings. neurons: hidden neurons with kept weights, but "
+        "on no path; mean.",
     ]
     tables = [[header, *rows]] if rows else []
     tables += [patterns] if patterns[1:] else []

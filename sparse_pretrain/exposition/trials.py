@@ -117,6 +117,9 @@ class Lab:
     def parameters(self, stack: Sequence[Trial], advance: Callable[[int], object] = int) -> tuple[Tensor, Shape]:
         """Train a stack, whose trials are alike as `stacks` makes them: the parameters (N, parameters), zero where
         pruned."""
+        if len(stack) == 1:  # a single product of small matrices is rounded otherwise than those of a batch
+            rows, shape = self.parameters([*stack, *stack], lambda networks: advance(networks // 2))
+            return rows[:1], shape
         first = stack[0]
         shape = Shape(max(first.structure))
         seeds = [seed_of(self.cfg.seed, trial) for trial in stack]

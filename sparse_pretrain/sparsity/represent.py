@@ -52,8 +52,8 @@ def represent(
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Hold all matrices, and what sparse layers make of them, in `dtype`, in place, for inference under autocast. Packed
-    weights are made in it already; norms, biases and buffers (the angles of rotary positions) stay as they are."""
+    """Hold all matrices, and what sparse layers make of them, in `dtype`, in place, for inference under autocast.
+    Packed weights are made in it; norms, biases and buffers (the angles of rotary positions) stay as they are."""
     for layer in model.modules():
         if isinstance(layer, SparseLinear):
             layer.product_dtype = dtype
@@ -64,12 +64,13 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def weight_bytes(model: nn.Module) -> tuple[int, int]:
-    """Of all parameters and buffers as they are held, and as they would be with dense weights in place of packed
-    ones."""
-    tensors = [*model.parameters(), *model.buffers()]
+    """Of all parameters and what sparse layers keep beside them, as they are held, and as they would be with dense
+    weights in place of packed ones."""
+    layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear | PackedLinear)]
+    tensors = [*model.parameters(), *(buffer for layer in layers for buffer in layer.buffers(recurse=False))]
     held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     saved = 0
-    for layer in model.modules():
+    for layer in layers:
         if isinstance(layer, PackedLinear):
             saved += layer.out_features * layer.in_features * layer.dtype.itemsize
             saved -= sum(tensor.numel() * tensor.element_size() for tensor in layer.operand)

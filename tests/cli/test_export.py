@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sparse24.packing import pack
 from tokenizers import Tokenizer
 
 from sparse_pretrain import cli, runs, train
@@ -18,6 +19,7 @@ from sparse_pretrain.errors import UserError
 from sparse_pretrain.models import huggingface
 from sparse_pretrain.models.huggingface.packed import damage, dense_tensors, read_packed, semi_structured
 from sparse_pretrain.sparsity.linear import SparseLinear
+from sparse_pretrain.sparsity.packed import PackedLinear, pack_model
 from sparse_pretrain.tasks.trained import load_trained
 
 transformers = pytest.importorskip("transformers")
@@ -181,6 +183,32 @@ def test_half_precision_and_their_semi_structured(tiny, export):
     assert share < 0.85
     with pytest.raises(ValueError, match="values must be float16 or bfloat16; found torch.float32"):
         semi_structured(found[f"{name}.weight"]._replace(values=found[f"{name}.weight"].values.float()))
+
+
+def test_packed_files_hold_what_inference_holds(tiny, export):
+    """What `evaluate weights=packed` makes of a run is in the file, bit for bit."""
+    run_dir = train.run(tiny("s_ste", **SPARSE_TO_THE_END))
+    folder, _ = export("packed", run_dir, "format=packed")
+    found = read_packed(folder, "checkpoint")
+    names = huggingface.layers(folder, found)
+    model = load_trained(str(run_dir), CPU).model
+    assert pack_model(model) == 4
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLinear):
+            (theirs,) = names[name].theirs
+            assert torch.equal(found[theirs].values, layer.values)
+            assert torch.equal(found[theirs].metadata, layer.metadata)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_their_semi_structured_multiplies():
+    weight = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16)
+    kept = weight.view(256, -1, 4).abs().topk(2).indices
+    weight = weight * torch.zeros(256, 128, 4, device="cuda").scatter_(2, kept, 1.0).view_as(weight)
+    x = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16)
+    theirs = semi_structured(pack(weight))
+    torch.testing.assert_close(torch.nn.functional.linear(x, theirs), x @ weight.t(), atol=0.5, rtol=2e-2)
 
 
 def test_damage_is_found(tiny, export, tmp_path):

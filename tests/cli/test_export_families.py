@@ -12,7 +12,7 @@ from sparse_pretrain import cli, train
 from sparse_pretrain.config_data import ImagesConfig, PairsConfig, SentencesConfig
 from sparse_pretrain.config_models import BertConfig, HFConfig, Seq2SeqConfig, ViTConfig
 from sparse_pretrain.data.build import open_store
-from sparse_pretrain.data.tokenizer import load_tokenizer
+from sparse_pretrain.data.tokenizer import load_tokenizer, train_bpe, train_wordpiece
 from sparse_pretrain.runs import RUN_FILE, TOKENIZER_FILE, read_json
 from sparse_pretrain.tasks.trained import load_trained
 
@@ -170,3 +170,61 @@ def test_a_model_of_transformers(exported, tmp_path, adapters):
         theirs = peft.PeftModel.from_pretrained(theirs, folder / "adapter")
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=0)
     assert transformers.AutoTokenizer.from_pretrained(folder).get_vocab()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["GPT2", "Llama", "Qwen3"])
+def test_pruned_folders(tmp_path, corpus, capsys, kind):
+    """OATS leaves 2:4 weights and low-rank adapters in a Hugging Face folder, of architectures that are ours or not."""
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    if kind == "GPT2":
+        config = transformers.GPT2Config(
+            vocab_size=320, n_positions=16, n_embd=16, n_layer=2, n_head=2, eos_token_id=0, bos_token_id=0
+        )
+    else:
+        extra = {"head_dim": 8} if kind == "Qwen3" else {}
+        config = getattr(transformers, f"{kind}Config")(vocab_size=320, max_position_embeddings=16, **small, **extra)
+    source = tmp_path / "source"
+    name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
+    getattr(transformers, name)(config).save_pretrained(source)
+    (source / "tokenizer.json").write_bytes(train_bpe(iter([corpus.read_text()]), 320))
+    pruned = tmp_path / "pruned"
+    cli.main([
+        "prune", f"checkpoint={source}", "method=oats", f"text=[{corpus}]", "samples=4", "seq_len=16", "iterations=2",
+        f"out={pruned}", "accelerator=cpu",
+    ])  # fmt: skip
+    ours = load_trained(str(pruned), torch.device("cpu")).model.eval()
+    capsys.readouterr()
+    cli.main(["export", f"checkpoint={pruned}", f"out={tmp_path / 'merged'}", "adapters=merged"])
+    cli.main(["export", f"checkpoint={pruned}", f"out={tmp_path / 'apart'}", "adapters=apart"])
+    layers = 8 if kind == "GPT2" else 14
+    assert f"2:4 in {layers} layers" in capsys.readouterr().out
+    tokens = torch.arange(16)[None]
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(ours(tokens), merged(tokens).logits, atol=1e-5, rtol=0)
+    assert not (tmp_path / "merged" / "adapter.safetensors").exists()
+    peft = pytest.importorskip("peft")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "apart")
+    assert (base(tokens).logits - merged(tokens).logits).abs().max() > 1e-4
+    apart = peft.PeftModel.from_pretrained(base, tmp_path / "apart" / "adapter")
+    torch.testing.assert_close(ours(tokens), apart(tokens).logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_pruned_body(tmp_path, corpus):
+    """An encoder without a head, as sentence encoders are: its tensors lack the prefix of a whole model's."""
+    config = transformers.BertConfig(
+        vocab_size=320, max_position_embeddings=16, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(tmp_path / "source")
+    tokenizer = train_wordpiece(iter([corpus.read_text()]), 320)
+    (tmp_path / "source" / "tokenizer.json").write_bytes(tokenizer)
+    cli.main([
+        "prune", f"checkpoint={tmp_path / 'source'}", "method=oats", f"text=[{corpus}]", "samples=4", "seq_len=16",
+        "iterations=2", f"out={tmp_path / 'pruned'}", "accelerator=cpu",
+    ])  # fmt: skip
+    cli.main(["export", f"checkpoint={tmp_path / 'pruned'}", f"out={tmp_path / 'out'}", "adapters=merged"])
+    ours = load_trained(str(tmp_path / "pruned"), torch.device("cpu")).model
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / "out")
+    tokens = torch.arange(16)[None]
+    torch.testing.assert_close(ours.hidden(tokens), theirs(tokens).last_hidden_state, atol=1e-5, rtol=0)

@@ -62,7 +62,9 @@ def seq2seq(tmp_path_factory, pairs):
 
 @pytest.fixture(scope="module")
 def conditional(tmp_path_factory, pairs):
-    return train_run(tmp_path_factory.mktemp("conditional"), "model.max_seq_len=32", "trainer.steps=250", "optimizer.lr=4e-3", *pairs)
+    return train_run(
+        tmp_path_factory.mktemp("conditional"), "model.max_seq_len=32", "trainer.steps=250", "optimizer.lr=4e-3", *pairs
+    )
 
 
 @pytest.fixture

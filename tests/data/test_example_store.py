@@ -89,11 +89,11 @@ def test_the_digest_is_of_the_content():
 def test_damage_is_seen_and_repaired(capsys):
     store = prepare(plan())
     contents = {path.name: path.read_bytes() for path in store.folder.iterdir()}
-    for name in sorted(contents):
-        for damaged in (contents[name][:-1], b"?" + contents[name][1:]):
-            (store.folder / name).write_bytes(damaged)
-            assert prepare(plan()) == store
-            assert {path.name: path.read_bytes() for path in store.folder.iterdir()} == contents
+    for i, name in enumerate(sorted(contents)):
+        damaged = contents[name][:-1] if i % 2 else b"?" + contents[name][1:]
+        (store.folder / name).write_bytes(damaged)
+        assert prepare(plan()) == store
+        assert {path.name: path.read_bytes() for path in store.folder.iterdir()} == contents
     assert "is damaged, building it anew" in capsys.readouterr().err
     (store.folder / "manifest.json").write_text(json.dumps({**store.manifest, "format": 99}))
     with pytest.raises(UserError, match="format 99.*Delete the folder"):

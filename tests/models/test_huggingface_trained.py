@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import pre_tokenizers
 
+from sparse_pretrain import cli
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.evaluation.perplexity import text_loss
 from sparse_pretrain.models import huggingface
@@ -70,6 +72,65 @@ def test_minilm(tmp_path):
         # At padding rounding errors grow, in both libraries: in fp64 there are none to speak of
         hidden, their = ours.double().hidden(batch["input_ids"], mask), theirs.double()(**batch).last_hidden_state
         torch.testing.assert_close(hidden, their, atol=1e-10, rtol=0)
+
+
+def test_gguf_as_transformers_reads_it(tmp_path):
+    """A small Llama with random weights, some quantised, and a BPE."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate", reason="transformers reads GGUF files with it")
+    draw = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(tmp_path / "small.gguf", "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_freq_base(5e4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<|endoftext|>", "<|im_start|>", *alphabet, "he", "hel", "Ġhe"]
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
+    writer.add_token_merges(["h e", "he l", "Ġ he"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(0)
+
+    def add(name: str, *shape: int, kind: str = "F32") -> None:
+        values = draw.standard_normal(shape, dtype=np.float32) * 0.3
+        quantised = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(name, gguf.quants.quantize(values, quantised), raw_dtype=quantised)
+
+    add("token_embd.weight", len(tokens), 64, kind="Q8_0")
+    add("output_norm.weight", 64)
+    for i in range(2):
+        for name, rows, columns in (("q", 64, 64), ("k", 32, 64), ("v", 32, 64), ("output", 64, 64)):
+            add(f"blk.{i}.attn_{name}.weight", rows, columns, kind="Q4_1")
+        for name, rows, columns in (("gate", 96, 64), ("up", 96, 64), ("down", 64, 96)):
+            add(f"blk.{i}.ffn_{name}.weight", rows, columns, kind="Q8_0")
+        add(f"blk.{i}.attn_norm.weight", 64)
+        add(f"blk.{i}.ffn_norm.weight", 64)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    cli.main(["export", f"checkpoint={tmp_path / 'small.gguf'}", f"out={tmp_path / 'ours'}"])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf", dtype=torch.float32)
+    batch = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours_of(tmp_path / "ours")(batch), theirs(batch).logits, atol=1e-5, rtol=0)
+    text = "hello <|im_start|> he said: 1234, caf\u00e9!\n  bye"
+    own = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert (
+        own(text).input_ids
+        == transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="small.gguf")(text).input_ids
+    )
+    assert own.decode(own(text).input_ids) == text
+    assert (own.bos_token, own.eos_token) == ("<|im_start|>", "<|endoftext|>")
 
 
 def test_gguf_of_other_kinds(tmp_path):

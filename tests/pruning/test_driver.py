@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_pretrain.config_models import GPTConfig
+from sparse_pretrain.config_models import BertConfig, GPTConfig, Seq2SeqConfig, ViTConfig
 from sparse_pretrain.errors import UserError
+from sparse_pretrain.models.bert import Bert
 from sparse_pretrain.models.gpt import GPT
+from sparse_pretrain.models.seq2seq import Seq2Seq
+from sparse_pretrain.models.vit import ViT
 from sparse_pretrain.pruning.blocks import find_blocks, find_stacks
 from sparse_pretrain.pruning.driver import Method, prune_blocks, select_layers
 from sparse_pretrain.pruning.oats import oats
@@ -103,6 +106,26 @@ def vit():
     return model, model, list(torch.randn(2, 2, 3, 16, 16))
 
 
+def our_bert():
+    cfg = BertConfig(name="tiny", n_layer=2, n_head=2, d_model=16, max_seq_len=16)
+    model = Bert(cfg, vocab_size=64)
+    mask = torch.tensor([[True] * 8, [True] * 5 + [False] * 3])
+    return model, lambda tokens: model(tokens, mask), list(torch.randint(64, (3, 2, 8)))
+
+
+def our_seq2seq():
+    model = Seq2Seq(Seq2SeqConfig(name="tiny", n_layer=2, n_head=2, d_model=16, max_seq_len=16), vocab_size=64)
+    batches = [
+        (torch.randint(64, (2, 8)), torch.randint(64, (2, 6)), torch.ones(2, 8, dtype=torch.bool)) for _ in range(2)
+    ]
+    return model, lambda batch: model(*batch), batches
+
+
+def our_vit():
+    model = ViT(ViTConfig(name="tiny", n_layer=2, n_head=2, d_model=16, image_size=16, patch_size=4), num_classes=3)
+    return model, model, list(torch.randn(2, 2, 3, 16, 16))
+
+
 def mlp():
     """No repeated blocks: each layer is one."""
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
@@ -128,7 +151,7 @@ def convolutions():
     return model, model, list(torch.randn(2, 4, 3, 8, 8))
 
 
-MODELS = [gpt, llama, gemma, gpt2, bert, bart, vit, mlp, convolutions]
+MODELS = [gpt, our_bert, our_seq2seq, our_vit, llama, gemma, gpt2, bert, bart, vit, mlp, convolutions]
 
 
 def build(make) -> tuple[nn.Module, Callable, list[Any]]:
@@ -262,6 +285,10 @@ def test_blocks_and_stacks():
     assert of(bart) == [
         (["model.encoder.layers.0", "model.encoder.layers.1"], [0, 0]),
         (["model.decoder.layers.0", "model.decoder.layers.1"], [0, 0]),
+    ]
+    assert of(our_seq2seq) == [
+        (["encoder.blocks.0", "encoder.blocks.1"], [0, 0]),
+        (["decoder.blocks.0", "decoder.blocks.1"], [0, 0]),
     ]
     assert of(mlp) == [(["0"], [0]), (["2"], [0]), (["4"], [0])]  # between them is a ReLU
     assert of(convolutions) == [(["1.0", "1.1"], [0, 0])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -120,11 +121,18 @@ def options(folder: Path, option: str = "checkpoint") -> TransformerConfig:
     return cfg
 
 
-def layers(folder: Path, option: str = "checkpoint") -> dict[str, Rule]:
-    """The layers of the model that `load` makes of a folder -> the layers of theirs that they are."""
-    config = read_config_file(folder, option)
-    rules = ARCHITECTURES[config.values["model_type"]].body(options(folder, option))
-    return {rule.ours.removesuffix(".weight"): rule for rule in rules if rule.ours.endswith(".weight")}
+def layers(folder: Path, tensors: Iterable[str], option: str = "checkpoint") -> dict[str, Rule]:
+    """The layers of the model that `load` makes of a folder -> the layers of theirs that they are.
+
+    Args:
+        tensors: the names in the folder, which for a body alone lack a prefix.
+    """
+    architecture = ARCHITECTURES[read_config_file(folder, option).values["model_type"]]
+    rules = [rule for rule in architecture.body(options(folder, option)) if rule.ours.endswith(".weight")]
+    if not any(name.startswith(architecture.prefix) for name in tensors):
+        short = [tuple(name.removeprefix(architecture.prefix) for name in rule.theirs) for rule in rules]
+        rules = [dataclasses.replace(rule, theirs=theirs) for rule, theirs in zip(rules, short, strict=True)]
+    return {rule.ours.removesuffix(".weight"): rule for rule in rules}
 
 
 def build(cfg: ModelConfig, num_classes: int = 0) -> nn.Module:

@@ -112,9 +112,9 @@ def save(
     tensors = converted.tensors
     if dtype is not None:
         tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    widest = max((tensor.dtype for tensor in tensors.values()), key=lambda dtype: dtype.itemsize)
     config = {key: value for key, value in converted.config.items() if key != "dtype"}
-    config["torch_dtype"] = str(dtype or widest).removeprefix("torch.")
+    known = converted.config.get("dtype", converted.config.get("torch_dtype"))
+    config["torch_dtype"] = known if known and dtype is None else str(dtype or torch.float32).removeprefix("torch.")
     if special_ids is not None:
         generation = {name: value for name, value in special_ids.items() if value is not None}
         if config["architectures"][0].endswith(_GENERATING):

@@ -1,0 +1,249 @@
+"""Every objective: it is learned sparse, in whatever micro-batches, and resumed bit for bit; and what it scores."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from sparse_pretrain import evaluate, finetune, runs, train
+from sparse_pretrain.checkpoint import store
+from sparse_pretrain.config import EvaluateConfig, FinetuneConfig, TrainConfig
+from sparse_pretrain.config_models import GPTConfig
+from sparse_pretrain.crosscheck import check
+from sparse_pretrain.errors import UserError
+from sparse_pretrain.objective import objective_of
+from sparse_pretrain.sparsity import SparseLinear, load_recipe
+from sparse_pretrain.tasks.build import build_model
+from sparse_pretrain.tasks.classification import ImageClassification
+from sparse_pretrain.tasks.task import Sizes
+from sparse_pretrain.tasks.trained import load_trained
+from tests.tasks.toy_tasks import TASKS, task_config
+
+CPU = torch.device("cpu")
+
+
+def rows_of(run_dir) -> list[dict[str, str]]:
+    return runs.read_rows(run_dir / runs.METRICS_FILE)
+
+
+def state_of(run_dir) -> dict[str, torch.Tensor]:
+    checkpoint, _ = store.newest_valid(run_dir / runs.CHECKPOINTS)
+    return store.load(checkpoint)["state_dict"]
+
+
+def figures(capsys) -> dict[str, str]:
+    """What `evaluate` printed, by name."""
+    return {line[:17].strip(): line[18:] for line in capsys.readouterr().out.splitlines() if line[17:18] == " "}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_it_is_learned_with_2_4_weights_and_resumed_bit_for_bit(task, tmp_path):
+    whole = train.run(task_config(task, tmp_path))
+    rows = rows_of(whole)
+    assert float(rows[-1]["val/loss"]) < float(rows[5]["val/loss"]) or task in ("question_answering",)
+    losses = [float(row["train/loss"]) for row in rows]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    model = load_trained(str(whole), CPU).model
+    sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    assert len(sparse) == (8 if task == "seq2seq" else 4)
+    for layer in sparse:
+        kept = (layer.current_weight() != 0).view(layer.out_features, -1, 4).sum(-1)
+        assert (kept == 2).all()
+
+    part = task_config(task, tmp_path, "part", trainer__stop_after=6)
+    train.run(part)
+    part.trainer.stop_after = None
+    train.run(part)
+    for name, value in state_of(whole).items():
+        assert torch.equal(value, state_of(tmp_path / "part")[name]), name
+
+
+@pytest.mark.parametrize("task", ["masked_lm", "seq2seq", "image_classification"])
+def test_micro_batches_with_different_numbers_of_targets_give_the_mean_over_all(task, tmp_path):
+    one, many = (
+        train.run(task_config(task, tmp_path, name, trainer__micro_batch_size=size, trainer__steps=3))
+        for name, size in (("one", None), ("many", 2))
+    )
+    for a, b in zip(rows_of(one), rows_of(many), strict=True):
+        assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), rel=1e-5)
+        assert float(a["train/grad_norm"]) == pytest.approx(float(b["train/grad_norm"]), rel=1e-4)
+
+
+METRICS = {
+    "masked_lm": {"loss", "accuracy", "perplexity"},
+    "seq2seq": {"bleu", "chrf", "rougeL", "meteor_exact_stem", "exact_match"},
+    "conditional_lm": {"bleu", "exact_match"},
+    "image_classification": {"top_1", "top_5", "accuracy"},
+    "text_classification": {"accuracy"},
+    "regression": {"pearson", "spearman"},
+    "question_answering": {"exact_match", "f1", "questions"},
+}
+
+
+@pytest.mark.parametrize("task", METRICS)
+def test_evaluate_gives_the_metrics_of_the_task(task, tmp_path, capsys):
+    if task in ("seq2seq", "conditional_lm"):
+        pytest.importorskip("sacrebleu")
+        pytest.importorskip("rouge_score")
+    steps = {"seq2seq": 60, "text_classification": 60, "image_classification": 30}.get(task, 12)
+    run_dir = train.run(task_config(task, tmp_path, trainer__steps=steps, trainer__eval_every=100))
+    capsys.readouterr()
+    evaluate.run(EvaluateConfig(checkpoint=str(run_dir), accelerator="cpu", beams=2))
+    found = figures(capsys)
+    assert METRICS[task] <= found.keys()
+    assert float(found["loss"]) == pytest.approx(float(rows_of(run_dir)[-1]["val/loss"]), rel=1e-4)
+    if task == "image_classification":
+        assert float(found["top_1"]) == 1.0
+    if task == "text_classification":
+        assert float(found["accuracy"]) > 0.7
+        assert found["accuracy"] == f"{float(rows_of(run_dir)[-1]['val/accuracy']):.6g}"
+
+
+def test_what_was_generated_is_what_beam_search_finds(tmp_path, capsys):
+    """A decoder that has learned to copy in capitals scores an exact match."""
+    pytest.importorskip("sacrebleu")
+    cfg = task_config("conditional_lm", tmp_path, recipe=load_recipe("dense"), trainer__steps=250, trainer__log_every=50)
+    cfg.trainer.batch_size, cfg.trainer.eval_every, cfg.trainer.checkpoint_every = 32, 250, 250
+    cfg.model = dataclasses.replace(cfg.model, d_model=32)
+    run_dir = train.run(cfg)
+    capsys.readouterr()
+    evaluate.run(EvaluateConfig(checkpoint=str(run_dir), accelerator="cpu", beams=2))
+    found = figures(capsys)
+    assert float(found["chrf"]) > 40
+
+
+def finetuning(pretrained, task, folder, **changes) -> FinetuneConfig:
+    cfg = task_config(task, folder)
+    cfg.data.tokenizer = None
+    own = {"recipe": load_recipe("dense"), "optimizer": cfg.optimizer, "trainer": cfg.trainer, "epochs": 2.0}
+    return FinetuneConfig(checkpoint=str(pretrained), data=cfg.data, runs_dir=str(folder / "runs"), **{**own, **changes})
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A BERT whose sparse phase is its last."""
+    return train.run(task_config("masked_lm", tmp_path / "pretrained"))
+
+
+def test_finetuning_starts_from_what_the_checkpoint_computes(pretrained, tmp_path):
+    """Dense from its 2:4 weights, sparse from its master weights; the head is new."""
+    source = load_trained(str(pretrained), CPU)
+    for recipe, weight_of in (("dense", SparseLinear.current_weight), ("ste", lambda layer: layer.weight)):
+        cfg = finetuning(pretrained, "text_classification", tmp_path / recipe, recipe=load_recipe(recipe))
+        cfg.optimizer.lr, cfg.epochs = 0.0, 0.1
+        run_dir = finetune.run(cfg)
+        state, steps = state_of(run_dir), runs.read_config(run_dir).trainer.steps
+        assert steps == math.ceil(0.1 * 64 / 8)
+        for name, layer in source.model.named_modules():
+            if isinstance(layer, SparseLinear):
+                assert torch.equal(state[f"model.body.{name}.weight"], weight_of(layer)), name
+        assert torch.equal(state["model.body.tok_embed.weight"], source.model.tok_embed.weight)
+        assert "model.classifier.weight" in state
+
+
+def test_lora_finetuning_trains_adapters_and_the_new_head_alone(pretrained, tmp_path):
+    recipe = load_recipe("dense")
+    recipe.train_weights, recipe.adapter.kind, recipe.adapter.rank = False, "lora", 2
+    recipe.include = ["*.attn.qkv"]
+    run_dir = finetune.run(finetuning(pretrained, "text_classification", tmp_path / "lora", recipe=recipe))
+    before, after = state_of(pretrained), state_of(run_dir)
+    body = [name for name in before if name.startswith("model.") and ".ffn." not in name]
+    same = [name for name in body if name.replace("model.", "model.body.", 1) in after]
+    assert len(same) > 10
+    for name in same:
+        assert torch.equal(before[name], after[name.replace("model.", "model.body.", 1)]), name
+    torch.manual_seed(1)
+    fresh = build_model(runs.read_config(run_dir), Sizes(vocab_size=len(before["model.tok_embed.weight"]), num_classes=2))
+    assert not torch.equal(after["model.classifier.weight"], fresh.state_dict()["classifier.weight"])
+    assert any(".adapter." in name and value.any() for name, value in after.items() if name.endswith("adapter.b"))
+
+
+def test_finetuning_goes_on_where_it_was_stopped(pretrained, tmp_path):
+    whole = finetune.run(finetuning(pretrained, "text_classification", tmp_path / "whole"))
+    cfg = finetuning(pretrained, "text_classification", tmp_path / "part")
+    cfg.trainer.stop_after = 7
+    finetune.run(cfg)
+    cfg.trainer.stop_after = None
+    part = finetune.run(cfg, "sparse-pretrain finetune …")
+    assert runs.read_json(part / runs.RUN_FILE)["command"] == "sparse-pretrain finetune …"
+    for name, value in state_of(whole).items():
+        assert torch.equal(value, state_of(part)[name]), name
+
+
+def test_finish_shows_the_metrics(pretrained, tmp_path, capsys):
+    run_dir = finetune.run(finetuning(pretrained, "regression", tmp_path / "stsb"))
+    finetune.finish([run_dir])
+    out = capsys.readouterr().out
+    assert "pearson" in out
+    assert "accuracy" in out  # of the table: a score has none
+
+
+def image_task(tmp_path, **changes) -> tuple[ImageClassification, dict[str, torch.Tensor]]:
+    cfg = task_config("image_classification", tmp_path, **changes)
+    task = ImageClassification(cfg, Sizes(num_classes=4))
+    torch.manual_seed(0)
+    return task, {"images": torch.randn(6, 3, 8, 8), "labels": torch.tensor([0, 1, 2, 3, 0, 1])}
+
+
+def test_mixup_mixes_images_and_labels_by_the_same_share(tmp_path):
+    task, batch = image_task(tmp_path, data__mixup=0.8)
+    mixed = task.augment(batch, step=3)
+    share = (mixed["labels"][1, 1]).item()
+    assert 0 < share < 1
+    torch.testing.assert_close(mixed["images"], share * batch["images"] + (1 - share) * batch["images"].flip(0))
+    torch.testing.assert_close(mixed["labels"].sum(1), torch.ones(6))
+    again, other = task.augment(batch, step=3), task.augment(batch, step=4)
+    assert torch.equal(mixed["images"], again["images"])
+    assert not torch.equal(mixed["images"], other["images"])
+
+
+def test_cutmix_labels_are_the_shares_of_the_pixels(tmp_path):
+    task, batch = image_task(tmp_path, data__cutmix=1.0)
+    shares = set()
+    for step in range(20):
+        mixed = task.augment(batch, step)
+        kept = (mixed["images"] == batch["images"]).all(dim=1).double().mean().item()
+        assert mixed["labels"][1, 1].item() == pytest.approx(kept)
+        shares.add(round(kept, 4))
+    assert len(shares) > 5
+    assert task.augment(batch, 0).keys() == batch.keys()
+    plain, _ = image_task(tmp_path / "plain")
+    assert plain.augment(batch, 0) is batch
+
+
+def test_a_distillation_token_learns_the_teachers_choice(tmp_path):
+    """Half of the loss is the labels' through one token, half the teacher's likeliest class through the other."""
+    teacher = train.run(task_config("image_classification", tmp_path, "teacher", recipe=load_recipe("dense"), trainer__steps=30))
+    cfg = task_config("image_classification", tmp_path, "student", model__distillation_token=True, trainer__steps=30)
+    cfg.recipe.teacher.models, cfg.recipe.teacher.weight = [str(teacher)], 0.5
+    student = train.run(cfg)
+    rows = rows_of(student)
+    assert float(rows[-1]["train/distillation_loss"]) < float(rows[0]["train/distillation_loss"])
+    model, images = load_trained(str(student), CPU).model, torch.stack([torch.full((3, 8, 8), v) for v in (-1.0, 1.0)])
+    _, distilled = model.forward_heads(images)
+    assert torch.equal(distilled.argmax(-1), load_trained(str(teacher), CPU).model(images).argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        ("masked_lm", {"data__seq_len": 100}, "data.seq_len: found 100; allowed: at most model.max_seq_len=24"),
+        ("seq2seq", {"data__max_source_len": 30}, "data.max_source_len: found 30; allowed: at most model.max_seq_len=24"),
+        ("conditional_lm", {"data__max_target_len": 40}, "lengths whose sum is at most model.max_seq_len=48"),
+        ("image_classification", {"data__image_size": 16}, "data.image_size: found 16; allowed: model.image_size=8"),
+        ("text_classification", {"recipe__teacher__models": ["x"]}, "recipe.teacher.models: found set for text_class"),
+        ("image_classification", {"recipe__teacher__models": ["x"], "recipe__teacher__logits": "y"}, "recipe.teacher.logits"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_told_before_any_work(task, changes, message, tmp_path):
+    cfg = task_config(task, tmp_path, **changes)
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        check(cfg)
+
+
+def test_models_learn_from_data_of_their_kind(tmp_path):
+    cfg: TrainConfig = task_config("image_classification", tmp_path)
+    cfg.model = GPTConfig(name="gpt", n_layer=1, n_head=1, d_model=8)
+    with pytest.raises(UserError, match=r"data: found image_classification \(image_classification\).*gpt model cannot"):
+        objective_of(cfg)
