@@ -46,8 +46,8 @@ from sparse_pretrain.sparsity.represent import represent
 from sparse_pretrain.tasks.trained import Trained, load_trained
 
 HEADER = (
-    *("checkpoint", "1st sink", "any", "highest", "rank-1", "max/med |h|", "kurtosis"),
-    *("pruned", "eff. rank", "of W"),
+    *("checkpoint", "1st sink", "any", "highest", "rank-1", "max/med", "kurtosis"),
+    *("pruned", "+adapter", "eff. rank", "of W"),
 )
 
 
@@ -258,6 +258,7 @@ def table(found: Sequence[Findings], pairs: Sequence[PairAgreement], text: str) 
     rows = []
     for checkpoint in found:
         values = checkpoint.summary()
+        lacking = values["residual_after_adapter_norm"]
         rows.append(
             [
                 checkpoint.label,
@@ -268,6 +269,7 @@ def table(found: Sequence[Findings], pairs: Sequence[PairAgreement], text: str) 
                 f"{values['largest_over_median']:.1f}",
                 f"{values['kurtosis']:.2f}",
                 f"{values['residual_norm']:.1%}",
+                "-" if lacking is None else f"{lacking:.1%}",
                 f"{values['residual_effective_rank']:.1f}",
                 f"{values['weight_effective_rank']:.1f}",
             ]
@@ -279,9 +281,10 @@ def table(found: Sequence[Findings], pairs: Sequence[PairAgreement], text: str) 
         "threshold of attention on average; any: in which some token is. highest: attention to a token, of the head "
         "with most, mean over sequences.",
         "rank-1: share of the heads' outputs along the value of the token with most attention.",
-        "max/med |h|, kurtosis: of the hidden state with the largest.",
-        "pruned: norm of what is pruned / norm of the weight; effective ranks of both; means over layers. Of a dense "
-        "model: what magnitude pruning would take.",
+        "max/med: largest |h| / median |h|; it and kurtosis are of the hidden state with the largest.",
+        "pruned: norm of what is pruned / norm of the weight, +adapter: of what an adapter does not give back; "
+        "effective ranks of what is pruned and of W; means over layers. Of a dense model: what magnitude pruning would "
+        "take.",
         *(
             f"masks of {pair.a} and {pair.b}: {pair.mean.equal:.1%} equal ({pair.mean.equal_by_chance:.0%} by chance)."
             for pair in pairs

@@ -120,6 +120,8 @@ ALLOWED = {
     "report": ["config", "errors", "runs", "reporting"],
     "doctor": ["config", "hardware", "loggers", "paths", "sparse24"],
     "bench": ["config", "errors", "hardware", "paths"],
+    "exposition": ["config", "errors", "limits", "reporting", "seeds", "sparse24"],
+    "sparsest": ["config", "errors", "exposition", "hardware", "limits", "reporting", "runs"],
     "cli": ["config", "schema", "crosscheck", "errors", "paths", "compare"],
 }
 NEVER_IN_SPARSE24 = ("lightning", "hydra", "omegaconf", "transformers", "sparse_pretrain")

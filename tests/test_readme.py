@@ -1,4 +1,4 @@
-"""What the README says is so."""
+"""What the README says is so, and what the pages of docs/ tell a user to type."""
 
 import re
 import shlex
@@ -19,17 +19,20 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-COMMANDS = [
-    shlex.split(line, comments=True)[1:]
-    for block in blocks("bash")
-    for line in block.splitlines()
+COMMANDS = {
+    " ".join(words := shlex.split(line, comments=True)[1:]): words
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
     if line.startswith("sparse-pretrain")
-]
+}
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_commands_compose(command):
-    assert COMMANDS
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
+def test_commands_compose(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER").mkdir()
+    (tmp_path / "FOLDER" / "config.json").write_text('{"model_type": "gpt2"}')
     name, *options = command
     if name == "compare":
         with cli._configs():

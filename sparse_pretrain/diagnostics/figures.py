@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from sparse_pretrain.diagnostics.findings import Findings, PairAgreement
@@ -130,13 +130,13 @@ def _outliers(checkpoints: Sequence[Findings], drawn: Sequence[Line]) -> Figure:
 
 
 def _masks(checkpoints: Sequence[Findings], pairs: Sequence[PairAgreement]) -> Figure:
-    """Share of equal mask entries, mean over layers: of every two checkpoints, and of each with its own magnitudes;
+    """Share of equal mask entries, mean over layers: of every two checkpoints, and of each with the magnitudes of W;
     beside it by layer."""
     labels = [found.label for found in checkpoints]
     values = np.full((len(labels), len(labels) + 1), np.nan)
     for i, found in enumerate(checkpoints):
         values[i, i] = 1.0
-        values[i, -1] = np.mean([layer["own_magnitude_mask"]["equal"] for layer in found.layers.values()])
+        values[i, -1] = np.mean([layer["magnitude_mask"]["equal"] for layer in found.layers.values()])
     for pair in pairs:
         i, j = labels.index(pair.a), labels.index(pair.b)
         values[i, j] = values[j, i] = np.nan if pair.mean is None else pair.mean.equal
@@ -144,7 +144,7 @@ def _masks(checkpoints: Sequence[Findings], pairs: Sequence[PairAgreement]) -> F
     figure.set_layout_engine("constrained")
     matrix, by_layer = figure.subplots(1, 2, width_ratios=(len(labels) + 2.5, 6))
     image = _heat_map(matrix, values, min(0.5, float(np.nanmin(values))), 1.0)
-    matrix.set_xticks(range(len(labels) + 1), [*labels, "magnitude\nof its own W"], rotation=30, ha="right")
+    matrix.set_xticks(range(len(labels) + 1), [*labels, "magnitude\nof W"], rotation=30, ha="right")
     matrix.set_yticks(range(len(labels)), labels)
     matrix.set(title="Share of equal mask entries")
     figure.colorbar(image, ax=matrix, shrink=0.8)
@@ -152,16 +152,20 @@ def _masks(checkpoints: Sequence[Findings], pairs: Sequence[PairAgreement]) -> F
     curves = {name: [row.equal for row in layers.values()] for name, layers in compared.items()}
     names = list(next(iter(compared.values()), checkpoints[0].layers))
     if len(labels) == 1:
-        own = [layer["own_magnitude_mask"]["equal"] for layer in checkpoints[0].layers.values()]
-        curves[f"{labels[0]} and the magnitudes of its own W"] = own
+        own = [layer["magnitude_mask"]["equal"] for layer in checkpoints[0].layers.values()]
+        curves[f"{labels[0]} and the magnitudes of W"] = own
     for (name, equal), colour, marker in zip(curves.items(), SPARSE_COLOURS, MARKERS, strict=False):
         _plot(by_layer, equal, Line(name, colour, marker, "-"))
     chance = next((row.equal_by_chance for layers in compared.values() for row in layers.values()), 0.5)
     by_layer.axhline(chance, color="#555555", linewidth=1, linestyle=":", label="by chance")
     if len(names) <= MOST_NUMBERS:
         by_layer.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
-    by_layer.set(title="By layer", ylabel="share of equal mask entries")
-    figure.legend(*by_layer.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    else:
+        by_layer.set_xlabel("sparse layer")
+    left_out = len(curves) - len(SPARSE_COLOURS)
+    title = f"By layer, without the last {left_out} pairs" if left_out > 0 else "By layer"
+    by_layer.set(title=title, ylabel="share of equal mask entries")
+    _legend(figure, by_layer)
     return figure
 
 
@@ -230,9 +234,12 @@ def _heat_map(ax: Axes, values: np.ndarray, low: float, high: float) -> matplotl
     return image
 
 
-def _legend(figure: Figure | matplotlib.figure.SubFigure, ax: Axes) -> None:
+def _legend(figure: Figure | SubFigure, ax: Axes) -> None:
+    """Below all panels, in as many columns as there is room for."""
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5))
+    characters = 10 * figure.bbox.width / figure.dpi
+    columns = max(1, int(characters / (6 + max(map(len, labels)))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), columns))
 
 
 def _log_if_wide(ax: Axes) -> None:

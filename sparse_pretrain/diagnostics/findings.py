@@ -31,11 +31,12 @@ DEFINITIONS = {
     "second_moment": "D_jj = E[x_j^2] of input j of a linear layer: largest / median",
     "pruned_mass": "share of the sum of pruned |W| that is in the 1% of the columns (at least one) with the largest "
     "second moment; column_share: the share of the columns that this is",
-    "mask": "of a layer that computes with all its weights: what magnitude pruning would keep",
+    "mask": "of a layer that computes with all its weights: what magnitude pruning would keep; magnitude_mask: agreement "
+    "with that of W",
     "equal": "share of mask entries that agree; overlap: |A and B| / min(|A|, |B|) of the kept; by_chance: expected of "
     "independent masks",
-    "residual": "W - W_sparse, with W the master weight, or the reference's; residual_after_adapter: W - W_sparse - "
-    "adapter",
+    "W": "the master weight, or the reference's",
+    "residual": "W - W_sparse; residual_after_adapter: W - W_sparse - adapter",
     "stable_rank": "squared Frobenius norm / squared largest singular value",
     "effective_rank": "exp of the entropy of the singular values as shares of their sum (Roy and Vetterli 2007)",
 }
@@ -76,15 +77,17 @@ class Findings:
             "outlier_channels": max(len(state["outlier_channels"]) for state in self.hidden.values()),
             "second_moment": max(row["largest_over_median"] for row in self.inputs.values()),
             "pruned_mass_excess": fmean(layer["pruned_mass"] / layer["column_share"] for layer in self.layers.values()),
-            "equal_to_own_magnitude_mask": fmean(
-                layer["own_magnitude_mask"]["equal"] for layer in self.layers.values()
-            ),
+            "equal_to_magnitude_mask": fmean(layer["magnitude_mask"]["equal"] for layer in self.layers.values()),
             "weight_effective_rank": fmean(row["effective_rank"] for row in weights),
             "residual_effective_rank": fmean(row["effective_rank"] for row in residuals),
-            "residual_norm": fmean(
-                rest["norm"] / max(weight["norm"], 1e-30) for rest, weight in zip(residuals, weights, strict=True)
-            ),
+            "residual_norm": self._relative_norm("residual"),
+            "residual_after_adapter_norm": self._relative_norm("residual_after_adapter"),
         }
+
+    def _relative_norm(self, part: str) -> float | None:
+        """Over the weight's, mean over the layers that have this part; None if none has."""
+        spectra = [layer["spectra"] for layer in self.layers.values() if part in layer["spectra"]]
+        return fmean(row[part]["norm"] / max(row["weight"]["norm"], 1e-30) for row in spectra) if spectra else None
 
     def to_json(self) -> dict[str, Any]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "masks"}
@@ -111,17 +114,16 @@ def layer_findings(
     """
     found = {}
     for name, layer in pruned.items():
-        mass, columns = pruned_mass(layer.weight, layer.mask, probe.inputs[name].second_moment(), TOP_COLUMNS)
-        own = agreement(layer.mask, magnitude_mask(layer.weight, layer.pattern))
+        weight = reference.get(name, layer.weight)
+        mass, columns = pruned_mass(weight, layer.mask, probe.inputs[name].second_moment(), TOP_COLUMNS)
+        by_magnitude = agreement(layer.mask, magnitude_mask(weight, layer.pattern))
         found[name] = {
             "is_sparse": layer.is_sparse,
             "kept": layer.mask.float().mean().item(),
             "pruned_mass": mass,
             "column_share": columns,
-            "own_magnitude_mask": dataclasses.asdict(own),
-            "spectra": {
-                kind: dataclasses.asdict(values) for kind, values in layer_spectra(layer, reference.get(name)).items()
-            },
+            "magnitude_mask": dataclasses.asdict(by_magnitude),
+            "spectra": {kind: dataclasses.asdict(values) for kind, values in layer_spectra(layer, weight).items()},
         }
     return found
 

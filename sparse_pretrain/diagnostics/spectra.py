@@ -13,8 +13,8 @@ from sparse_pretrain.sparsity.adapters import Adapter
 
 @dataclass(frozen=True)
 class Spectrum:
-    """norm: Frobenius; stable_rank: ‖·‖_F² / σ₁²; effective_rank: exp of the entropy of σ / Σσ (Roy and Vetterli 2007).
-    Both ranks are 0 for a matrix of zeros."""
+    """singular_values: the largest first, to 7 digits; norm: Frobenius; stable_rank: ‖·‖_F² / σ₁²; effective_rank: exp
+    of the entropy of σ / Σσ (Roy and Vetterli 2007). Both ranks are 0 for a matrix of zeros."""
 
     singular_values: list[float]
     norm: float
@@ -26,25 +26,25 @@ def spectrum(matrix: Tensor) -> Spectrum:
     """Of a matrix (rows, columns), computed in float32 or better."""
     values = torch.linalg.svdvals(matrix if matrix.dtype == torch.float64 else matrix.float()).double()
     square = float(values.square().sum())
+    rounded = [float(f"{value:.7g}") for value in values.tolist()]
     if square == 0:
-        return Spectrum(values.tolist(), 0.0, 0.0, 0.0)
+        return Spectrum(rounded, 0.0, 0.0, 0.0)
     shares = values / values.sum()
     return Spectrum(
-        singular_values=values.tolist(),
+        singular_values=rounded,
         norm=square**0.5,
         stable_rank=square / float(values[0]) ** 2,
         effective_rank=float(torch.special.entr(shares).sum().exp()),
     )
 
 
-def layer_spectra(pruned: PrunedLayer, reference: Tensor | None = None) -> dict[str, Spectrum]:
+def layer_spectra(pruned: PrunedLayer, weight: Tensor) -> dict[str, Spectrum]:
     """`weight`: W; `residual`: W − Ŵ, what pruning takes; of a sparse layer with an active adapter also
     `residual_after_adapter`: W − Ŵ − ΔW, what is then still lacking.
 
     Args:
-        reference: W, (out_features, in_features), where the layer's master weight is not that of before pruning.
+        weight: W, (out_features, in_features): the layer's master weight, or that of before pruning.
     """
-    weight = pruned.weight if reference is None else reference
     residual = weight - pruned.kept
     spectra = {"weight": spectrum(weight), "residual": spectrum(residual)}
     adapter = getattr(pruned.layer, "adapter", None)

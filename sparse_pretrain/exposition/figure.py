@@ -134,10 +134,10 @@ def _regions(ax: Axes, network: Drawn, title: str, x: Tensor, y: Tensor) -> None
     plane = torch.stack(torch.meshgrid(*axes, indexing="xy"), dim=-1).view(-1, 2)
     side = (logits(network.rows, network.shape, plane)[0] > 0).view(GRID, GRID)
     extent = (float(low[0]), float(high[0]), float(low[1]), float(high[1]))
-    ax.imshow(side, cmap=ListedColormap(SIDES), vmin=0, vmax=1, origin="lower", extent=extent)
+    ax.imshow(side.numpy(), cmap=ListedColormap(SIDES), vmin=0, vmax=1, origin="lower", extent=extent)
     every = max(1, len(y) // 4000)
     for label, colour in enumerate(CLASSES):
-        points = x[y == label][::every]
+        points = x[y == label][::every].numpy()
         ax.plot(points[:, 0], points[:, 1], linestyle="", marker=".", markersize=1.6, color=colour)
     ax.set(title=f"{title}: {percent(network.outcome.accuracy)}", xticks=[], yticks=[])
     ax.grid(visible=False)
@@ -148,16 +148,11 @@ def _connections(ax: Axes, network: Drawn) -> None:
     weights, _ = network.shape.split(network.rows)
     paths = on_paths(weights)
     outcome = network.outcome
-    touched = [torch.ones(2, dtype=torch.bool)]
-    for layer in range(LAYERS - 1):
-        touched.append((weights[layer][0] != 0).any(dim=1) | (weights[layer + 1][0] != 0).any(dim=0))
-    touched.append(torch.ones(1, dtype=torch.bool))
-    heights = []
-    for there in touched:
-        places = torch.full((len(there),), torch.nan)
-        count = int(there.sum())
-        places[there] = (torch.arange(count) + 0.5) / max(count, 1)
-        heights.append(1 - places)
+    hidden = [(weights[i][0] != 0).any(dim=1) | (weights[i + 1][0] != 0).any(dim=0) for i in range(LAYERS - 1)]
+    heights = []  # of each layer's units, from the top down; those without any weight have none
+    for there in (torch.ones(2), *hidden, torch.ones(1)):
+        units = [int(unit) for unit in torch.nonzero(there)]
+        heights.append({unit: 1 - (place + 0.5) / len(units) for place, unit in enumerate(units)})
     largest = max(float(weight.abs().max()) for weight in weights)
     for layer in range(LAYERS):
         for i, j in torch.nonzero(weights[layer][0]).tolist():
@@ -171,9 +166,8 @@ def _connections(ax: Axes, network: Drawn) -> None:
                 zorder=2 if connected else 1,
             )
     for layer, places in enumerate(heights):
-        there = ~places.isnan()
-        ax.plot([layer] * int(there.sum()), places[there], linestyle="", marker="o", markersize=9, color="white",
-                markeredgecolor="#333333", zorder=3)  # fmt: skip
+        for height in places.values():
+            ax.plot(layer, height, marker="o", markersize=9, color="white", markeredgecolor="#333333", zorder=3)
     method = "mask of " + "-".join(map(str, network.trial.structure))
     if network.trial.target:
         method = f"{network.trial.method} from {network.trial.network.split('-')[0]} neurons a layer"

@@ -71,5 +71,5 @@ def count_model(
 
 
 def _note_rows(rows: dict[str, int], name: str, module: nn.Module, _: Any, output: Tensor) -> None:
-    """A forward hook. A convolution's output is (batch, channels, height, width), others' last dimension is features."""
+    """A forward hook. A convolution's output is (batch, channels, height, width); others end with their features."""
     rows[name] = output.numel() // output.shape[1 if output.dim() == 4 else -1]

@@ -11,6 +11,8 @@ from sparse_pretrain.config import OptimizerConfig
 from sparse_pretrain.optim.adamw import AdamW, MaskedDecay, SecondMoment, parameter_groups
 from sparse_pretrain.optim.muon import Muon
 
+HEADS = ("head", "distillation_head", "classifier", "lm_head", "score", "fc")  # ours, transformers', torchvision's
+
 
 def build_optimizers(
     model: nn.Module,
@@ -45,12 +47,12 @@ def build_optimizers(
 
 
 def hidden_weights(model: nn.Module) -> set[nn.Parameter]:
-    """The weights of linear layers, dense or sparse, but the head's (`head`) and those shared with an embedding."""
+    """The weights of linear layers, dense or sparse, but of heads and those shared with an embedding."""
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     weights = {
         module.weight
         for name, module in model.named_modules()
-        if hasattr(module, "in_features") and hasattr(module, "weight") and name != "head"
+        if hasattr(module, "in_features") and hasattr(module, "weight") and name.rpartition(".")[2] not in HEADS
     }
     return weights - embeddings
 

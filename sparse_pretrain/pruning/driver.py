@@ -169,7 +169,7 @@ def _prune_block(
     for name, reason in layers.items():
         gram = grams.pop(name, None)
         if gram is None:
-            pruned[name] = _skipped(name, model, reason or "no calibration token reached it")
+            pruned[name] = _skipped(name, model, reason or "it was never called with a calibration token")
         else:
             pruned[name] = _prune(name, model.get_submodule(name), gram, method)
         progress(pruned[name].report)

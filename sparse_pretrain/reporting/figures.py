@@ -100,7 +100,8 @@ def sparsity_figure(runs: Sequence[RunData], styles: Sequence[RunStyle]) -> str 
             ax.axhline(0, color=DENSE_COLOURS[0], linewidth=1.2, label="dense")
             for (tokens, gap), style in gaps:
                 ax.plot(tokens / scale, gap, **_validation(style, len(gap)), label=style.label)
-            ax.set(title=f"Validation loss above dense, at equal {runs[0].unit}", xlabel=f"{runs[0].unit}{unit}", xlim=(0, None))
+            kind = runs[0].unit
+            ax.set(title=f"Validation loss above dense, at equal {kind}", xlabel=f"{kind}{unit}", xlim=(0, None))
             ax.set_ylabel("loss - dense loss (nats)")
             _legend_below(ax)
         if flips:

@@ -71,7 +71,7 @@ def test_the_summary_is_of_what_was_found():
     values = found.summary()
     heads = [share for layer in found.attention.values() for share in layer["first_sink"]]
     assert values["first_sink"] == pytest.approx(sum(heads) / 4)
-    assert values["equal_to_own_magnitude_mask"] == 1.0
+    assert values["equal_to_magnitude_mask"] == 1.0
     spectra = [layer["spectra"] for layer in found.layers.values()]
     shares = [row["residual"]["norm"] / row["weight"]["norm"] for row in spectra]
     assert values["residual_norm"] == pytest.approx(sum(shares) / 4)

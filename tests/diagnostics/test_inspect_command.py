@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from sparse24.reference import magnitude_mask
 
 from sparse_pretrain import cli, schema, train
 from sparse_pretrain.checkpoint import store
@@ -87,7 +88,12 @@ def test_two_checkpoints_of_a_run_and_a_reference(trained, tmp_path, capsys):
     dense = load_trained(str(trained["dense"]), torch.device("cpu")).model.get_submodule(name).weight
     ste = load_trained(str(trained["ste"]), torch.device("cpu")).model.get_submodule(name).current_weight()
     expected = torch.linalg.svdvals((dense - ste).detach())
-    spectra = found["checkpoints"][1]["layers"][name]["spectra"]
+    layer = found["checkpoints"][1]["layers"][name]
+    spectra, mask = (
+        layer["spectra"],
+        load_trained(str(trained["ste"]), torch.device("cpu")).model.get_submodule(name).mask,
+    )
+    assert layer["magnitude_mask"]["equal"] == pytest.approx((magnitude_mask(dense) == mask).float().mean().item())
     assert spectra["residual"]["singular_values"] == pytest.approx(expected.tolist(), abs=1e-5)
 
 

@@ -118,7 +118,7 @@ def test_a_sparse_model_is_what_it_computes_with(recipe):
         identity = torch.eye(layer.in_features)
         with torch.no_grad():
             assert torch.allclose(layer(identity) - layer.bias, found.kept.t(), atol=1e-6)
-        spectra = layer_spectra(found)
+        spectra = layer_spectra(found, found.weight)
         assert set(spectra) == {"weight", "residual"}
         expected = torch.linalg.svdvals(layer.weight.detach() - found.kept)
         assert torch.allclose(torch.tensor(spectra["residual"].singular_values), expected, atol=1e-5)
@@ -133,7 +133,7 @@ def test_a_layer_in_a_dense_phase_is_pruned_by_magnitude():
     for name, found in pruned_layers(sparse, load_recipe("ste")).items():
         assert not found.is_sparse
         assert torch.equal(found.mask, reference_mask(sparse.get_submodule(name).weight))
-        assert set(layer_spectra(found)) == {"weight", "residual"}
+        assert set(layer_spectra(found, found.weight)) == {"weight", "residual"}
 
 
 def test_what_an_adapter_gives_back():
@@ -146,9 +146,10 @@ def test_what_an_adapter_gives_back():
         layer = sparse.get_submodule(name)
         u, s, v = torch.linalg.svd(layer.weight.detach() - layer.current_weight(), full_matrices=False)
         adapter.b.data, adapter.a.data = u[:, :4] * s[:4], v[:4]
-        spectra = layer_spectra(pruned_layers(sparse, method)[name])
+        found = pruned_layers(sparse, method)[name]
+        spectra = layer_spectra(found, found.weight)
         left = torch.tensor(spectra["residual_after_adapter"].singular_values)
         assert torch.allclose(left[: len(s) - 4], s[4:], atol=1e-5)
         assert (left[len(s) - 4 :] < 1e-5).all()
         adapter.active = False
-        assert "residual_after_adapter" not in layer_spectra(pruned_layers(sparse, method)[name])
+        assert "residual_after_adapter" not in layer_spectra(found, found.weight)

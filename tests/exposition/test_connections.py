@@ -17,7 +17,9 @@ def sparse_stack(width: int, networks: int, density: float) -> tuple[torch.Tenso
     return rows, shape
 
 
-def row_of(shape: Shape, weights: dict[int, list[tuple[int, int, float]]], biases: dict[int, list[float]]) -> torch.Tensor:
+def row_of(
+    shape: Shape, weights: dict[int, list[tuple[int, int, float]]], biases: dict[int, list[float]]
+) -> torch.Tensor:
     rows = torch.zeros(1, shape.parameters)
     ws, bs = shape.split(rows)
     for layer, entries in weights.items():
@@ -42,7 +44,12 @@ def test_paths_are_those_of_brute_force(density):
                 used |= set(edges)
         assert {(layer, *place) for layer in range(4) for place in torch.nonzero(found[layer][n]).tolist()} == used
         connected = {(layer, i) for layer, i, _ in used if layer < 3}
-        touched = {(layer, i) for layer in range(3) for i in range(3) if weights[layer][n, i].any() or weights[layer + 1][n, :, i].any()}
+        touched = {
+            (layer, i)
+            for layer in range(3)
+            for i in range(3)
+            if weights[layer][n, i].any() or weights[layer + 1][n, :, i].any()
+        }
         assert counts[n].weights == len(used)
         assert counts[n].kept == int((rows[n, :27] != 0).sum())
         assert counts[n].parameters == len(used) + len(connected) + 1

@@ -50,7 +50,9 @@ def as_mask(matrices) -> Mask:
     return Mask(*(tuple(int("".join(map(str, row)), 2) for row in matrix) for matrix in matrices))
 
 
-@pytest.mark.parametrize("structure", [(1, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 3), (1, 3, 2), (2, 2, 2), (3, 2, 1), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "structure", [(1, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 3), (1, 3, 2), (2, 2, 2), (3, 2, 1), (1, 2, 3)], ids=str
+)
 def test_every_mask_comes_once(structure):
     expected = orbits(structure)
     found = list(all_masks(structure))

@@ -68,7 +68,9 @@ def test_batches():
     points = {tuple(point) for x, _ in first for point in x.T.tolist()}
     assert len(points) > 0.9 * 64 * len(first)  # a permutation; corners of the curves are there twice
     labels = {tuple(point): label for point, label in zip(TASK.x.tolist(), TASK.y.tolist(), strict=True)}
-    assert all(labels[tuple(point)] == label for x, y in first for point, label in zip(x.T.tolist(), y.tolist(), strict=True))
+    assert all(
+        labels[tuple(point)] == label for x, y in first for point, label in zip(x.T.tolist(), y.tolist(), strict=True)
+    )
 
 
 def test_schedules_are_those_of_torch():

@@ -355,7 +355,7 @@ def test_what_no_token_reaches_stays_and_says_so():
     }
     assert results == {
         "blocks.0.a": "",
-        "blocks.0.b": "no calibration token reached it",
+        "blocks.0.b": "it was never called with a calibration token",
         "blocks.1.a": "the model never runs it",
         "blocks.1.b": "the model never runs it",
     }

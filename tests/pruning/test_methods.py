@@ -1,6 +1,8 @@
 """The pruning methods on single layers, against the same in numpy (`by_hand`)."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,3 +218,12 @@ def test_patterns():
 def test_groups_must_fit(prune):
     with pytest.raises(ValueError, match="in_features must be a multiple of 4; found 6"):
         prune(torch.ones(2, 6), (2, 4))
+
+
+def test_the_code_in_the_page_runs(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "pruning.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(compile(code, "docs/pruning.md", "exec"), names)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert names["left"].shape == (64, 7)

@@ -90,7 +90,9 @@ def write_squad(folder: Path) -> Path:
         words.insert(draw.randrange(6), animal)
         context = " ".join(words)
         answer = {"text": animal, "answer_start": context.index(animal)}
-        paragraphs.append({"context": context, "qas": [{"id": str(i), "question": "which animal", "answers": [answer]}]})
+        paragraphs.append(
+            {"context": context, "qas": [{"id": str(i), "question": "which animal", "answers": [answer]}]}
+        )
     path = folder / "squad.json"
     path.write_text(json.dumps({"version": "1.1", "data": [{"title": "a", "paragraphs": paragraphs}]}))
     return path
