@@ -356,7 +356,7 @@ class SpiralSearchConfig:
     max_neurons: int = 8  # of a hidden layer, in the search for these
     width: int | None = None  # of the network whose fan-in scales initial weights; null = of each structure itself
     structure_draws: int = 64
-    mask_draws: int = 1
+    mask_draws: int = 8
     masks_per_count: int | None = None  # masks drawn for each number of weights; null = every mask there is
     max_weights: int | None = None  # of a mask; null = all of the structure
     finalists: int = 10

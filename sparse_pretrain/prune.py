@@ -50,8 +50,7 @@ def run(cfg: PruneConfig) -> Path:
     settings = settings_of(cfg, trained.checkpoint, data)
     if is_done(out, settings):
         print(f"{out} is done")
-        show(out)
-        return out
+        return finish(out)
     start = time.perf_counter()
     reports, factors = prune(task, layers, method, data, PartialResults(out / PARTIAL, device), cfg.pattern)
     facts = {
@@ -70,6 +69,11 @@ def run(cfg: PruneConfig) -> Path:
         recipe = pruned.result_recipe(method.name, cfg.pattern, chosen, adapter)
         pruned.write_run(out, trained, task.model, chosen, factors, recipe, facts)
     runs.write_json(out / RESULT_FILE, facts)
+    return finish(out)
+
+
+def finish(out: Path) -> Path:
+    """Give the room of the partial results back, and show the whole one."""
     shutil.rmtree(out / PARTIAL, ignore_errors=True)
     show(out)
     return out
@@ -141,8 +145,8 @@ def check(cfg: PruneConfig) -> Method:
 
 def default_out(checkpoint: Path, cfg: PruneConfig) -> Path:
     """Beside the folder of the run or model."""
-    folder = checkpoint if is_hugging_face(checkpoint) else checkpoint.parent.parent
-    return folder.resolve().parent / f"{folder.name}-{cfg.method}-{cfg.pattern.replace(':', 'of')}"
+    folder = (checkpoint if is_hugging_face(checkpoint) else checkpoint.parent.parent).resolve()
+    return folder.parent / f"{folder.name}-{cfg.method}-{cfg.pattern.replace(':', 'of')}"
 
 
 def weights_digest(checkpoint: Path) -> str:
@@ -161,7 +165,7 @@ def settings_of(cfg: PruneConfig, checkpoint: Path, data: Calibration) -> dict[s
     used = ["method", "pattern", "include", "exclude", "seed", "batch_size"]
     used += ["rank_ratio", "iterations", "svd"] if cfg.method == "oats" else []
     return {
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(checkpoint.resolve()),
         "sha256": weights_digest(checkpoint),
         **{name: getattr(cfg, name) for name in used},
         "calibration": data.facts,

@@ -156,18 +156,17 @@ def write(lab: Lab, result: summary.Summary, out: Path) -> None:
     from sparse_pretrain.exposition.figure import Drawn, write_figure  # matplotlib takes a second
 
     drawn: dict[str, Drawn] = {}
-    for title, found in (("sparsest", result.sparsest), ("counterpart", result.counterpart())):
-        if found is not None:
-            rows, shape = lab.parameters([found[0]])
-            drawn[title] = Drawn(*found, rows.cpu(), shape)
     values = summary.numbers(result)
-    for title, network in drawn.items():
-        weights, biases = network.shape.split(without_disconnected(network.rows, network.shape))
-        values[title] |= {
-            "layers": [
-                {"weight": weight[0].tolist(), "bias": bias[0, :, 0].tolist()}
-                for weight, bias in zip(weights, biases, strict=True)
-            ]
+    for which, found in (("sparsest", result.sparsest), ("counterpart", result.counterpart())):
+        if found is None:
+            continue
+        rows, shape = lab.parameters([found[0]])  # trained once more, which on a GPU may give another network
+        (outcome,) = lab.judge(rows, shape)
+        drawn[which] = Drawn(found[0], outcome, rows.cpu(), shape)
+        weights, biases = shape.split(without_disconnected(rows, shape))
+        layers = zip(weights, biases, strict=True)
+        values[which] |= dataclasses.asdict(outcome) | {
+            "layers": [{"weight": weight[0].tolist(), "bias": bias[0, :, 0].tolist()} for weight, bias in layers]
         }
     values["settings"] = dataclasses.asdict(lab.cfg)
     values["versions"] = {

@@ -31,8 +31,8 @@ DEFINITIONS = {
     "second_moment": "D_jj = E[x_j^2] of input j of a linear layer: largest / median",
     "pruned_mass": "share of the sum of pruned |W| that is in the 1% of the columns (at least one) with the largest "
     "second moment; column_share: the share of the columns that this is",
-    "mask": "of a layer that computes with all its weights: what magnitude pruning would keep; magnitude_mask: agreement "
-    "with that of W",
+    "mask": "of a layer that computes with all its weights: what magnitude pruning would keep",
+    "magnitude_mask": "agreement with what magnitude pruning of W would keep",
     "equal": "share of mask entries that agree; overlap: |A and B| / min(|A|, |B|) of the kept; by_chance: expected of "
     "independent masks",
     "W": "the master weight, or the reference's",

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from sparse_pretrain.exposition.connections import on_paths
 from sparse_pretrain.exposition.networks import LAYERS, Shape, logits
+from sparse_pretrain.exposition.search import name
 from sparse_pretrain.exposition.summary import Point, Summary, percent
-from sparse_pretrain.exposition.trials import Outcome, Trial
+from sparse_pretrain.exposition.trials import MASK, STRUCTURE, Outcome, Trial
 from sparse_pretrain.limits import parse_pattern
 from sparse_pretrain.reporting.figures import DENSE_COLOURS, GAINED, LOST, SPARSE_COLOURS, STYLE
 
@@ -39,7 +40,7 @@ LOOKS = {
     "imp": ("#882255", "D", "-"),
     "rigl": (GREEN, "^", "-"),
     "ste": (PINK, "v", ":"),
-    "sr_ste": (PINK, "P", ":"),
+    "sr_ste": ("#661100", "P", ":"),
     "transposable": ("#332288", "X", ":"),
 }
 MOST_PANELS = 4  # of widths, spread over those there are
@@ -168,10 +169,11 @@ def _connections(ax: Axes, network: Drawn) -> None:
     for layer, places in enumerate(heights):
         for height in places.values():
             ax.plot(layer, height, marker="o", markersize=9, color="white", markeredgecolor="#333333", zorder=3)
-    method = "mask of " + "-".join(map(str, network.trial.structure))
-    if network.trial.target:
-        method = f"{network.trial.method} from {network.trial.network.split('-')[0]} neurons a layer"
-    ax.set(title=f"{outcome.weights} weights, {method}", xlim=(-0.3, LAYERS + 0.3), ylim=(0, 1))
+    trial, structure = network.trial, name(network.trial.structure)
+    origin = {STRUCTURE: f"all of {structure}", MASK: f"of {structure}"}.get(
+        trial.method, f"{trial.method} from {structure}"
+    )
+    ax.set(title=f"{outcome.weights} weights, {origin}", xlim=(-0.3, LAYERS + 0.3), ylim=(0, 1))
     ax.set_axis_off()
     unused = (
         f"; {outcome.kept - outcome.weights} kept weights on no path (dotted)" if outcome.kept > outcome.weights else ""

@@ -6,7 +6,7 @@ which ones are trained beside it. Networks of different widths share a matrix by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -136,7 +136,3 @@ def accuracy(rows: Tensor, shape: Shape, x: Tensor, y: Tensor) -> Tensor:
     for part, labels in zip(x.split(POINTS_AT_ONCE), y.split(POINTS_AT_ONCE), strict=True):
         right += ((forward(weights, biases, part.T)[-1][:, 0] > 0) == labels.bool()).sum(dim=1)
     return right.double() / len(y)
-
-
-Gradients = Callable[[Tensor], Tensor]
-"""Gradients (N, parameters) of each network's loss on one batch at the given rows (N, parameters)."""

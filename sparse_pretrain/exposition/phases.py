@@ -90,7 +90,7 @@ def masks_of(structure: Structure, cfg: SparsestConfig) -> list[Mask]:
 
 
 def sparsest_masks(lab: Lab, structure: Structure) -> list[Found]:
-    """Every mask once, then the best of each number of weights from more initial weights; all of them."""
+    """Every mask, then the best ones of each number of weights from further initial weights; all of them."""
     cfg = lab.cfg
     masks = masks_of(structure, cfg)
     first = [trial for mask in masks for trial in trainings(cfg, MASK, mask.text(), "", cfg.search.mask_draws)]
@@ -120,9 +120,9 @@ def pruned_networks(lab: Lab) -> list[Found]:
     cfg = lab.cfg.pruning
     trials = [
         trial
-        for method in cfg.methods
-        for width in cfg.widths
-        for target in [*map(str, cfg.targets), *cfg.patterns]
+        for method in dict.fromkeys(cfg.methods)
+        for width in dict.fromkeys(cfg.widths)
+        for target in dict.fromkeys([*map(str, cfg.targets), *cfg.patterns])
         if fits(method, target, width)
         for trial in trainings(lab.cfg, method, name((width, width, width)), target, cfg.draws)
     ]

@@ -19,14 +19,19 @@ from sparse_pretrain.exposition.masks import (
     layerwise,
     with_biases,
 )
-from sparse_pretrain.exposition.networks import LAYERS, Gradients, Shape
-from sparse_pretrain.exposition.training import Rule, Sgd, Task, train
+from sparse_pretrain.exposition.networks import LAYERS, Shape
+from sparse_pretrain.exposition.training import Gradients, Rule, Sgd, Task, train
 from sparse_pretrain.limits import parse_pattern
 
 GRADUAL_PRUNINGS = 199
 RIGL_EVERY, RIGL_SHARE, RIGL_END = 100, 0.3, 0.75
 REFRESH_EVERY = {"transposable": 40}  # steps, as FST does (arXiv 2404.01847)
 HIDDEN = (1, 2)  # layers that an N:M pattern is for: those in the middle
+
+
+def magnitudes(rows: Tensor, mask: Tensor, shape: Shape) -> Tensor:
+    """|w| of the weights (N, weights); -1 where pruned, after all that are there."""
+    return rows[:, : shape.weights].abs().where(mask[:, : shape.weights] > 0, -1.0)
 
 
 class Gradual:
@@ -45,7 +50,7 @@ class Gradual:
             return mask
         dense = (1 - number / self.prunings) ** 3
         left = self.kept + ((self.shape.weights - self.kept) * dense).long()
-        return with_biases(keep_largest(rows[:, : self.shape.weights].abs(), left), self.shape)
+        return with_biases(keep_largest(magnitudes(rows, mask, self.shape), left), self.shape)
 
 
 class OneShot:
@@ -59,7 +64,7 @@ class OneShot:
     def mask(self, step: int, rows: Tensor, mask: Tensor, gradients: Gradients) -> Tensor:
         if step != self.at:
             return mask
-        return with_biases(keep_largest(rows[:, : self.shape.weights].abs(), self.kept), self.shape)
+        return with_biases(keep_largest(magnitudes(rows, mask, self.shape), self.kept), self.shape)
 
 
 class RigL:
@@ -76,11 +81,9 @@ class RigL:
             return mask
         share = RIGL_SHARE / 2 * (1 + math.cos(math.pi * step / self.end))
         staying = [count - (count * share).long() for count in self.counts]
-        weights = slice(self.shape.weights)
-        there = mask[:, weights] > 0
-        stay = layerwise(rows[:, weights].abs().where(there, -1.0), staying, self.shape)
+        stay = layerwise(magnitudes(rows, mask, self.shape), staying, self.shape)
         # What stays is first in the order, then what has the largest gradient; new weights begin at 0.
-        growth = gradients(rows)[:, weights].abs().masked_fill(stay, torch.inf)
+        growth = gradients(rows)[:, : self.shape.weights].abs().masked_fill(stay, torch.inf)
         return with_biases(layerwise(growth, self.counts, self.shape), self.shape)
 
 
@@ -102,9 +105,8 @@ class Learned:
 
 
 BETWEEN = ("one_shot", "gmp", "imp", "rigl")  # the mask follows from training
-LEARNED = ("ste", "sr_ste", "transposable")
+LEARNED = ("ste", "sr_ste", "transposable")  # can keep N of M weights; transposable only that, and only 2:4
 METHODS = (*ITERATIONS, *BETWEEN, *LEARNED)
-PATTERN_METHODS = LEARNED  # that can keep N of M weights; transposable only that, and only 2:4
 
 
 def fits(method: str, target: str, width: int) -> bool:
@@ -112,7 +114,7 @@ def fits(method: str, target: str, width: int) -> bool:
     pattern = parse_pattern(target)
     if pattern is None:
         return method != "transposable" and int(target) < Shape(width).weights
-    return method in PATTERN_METHODS and width % pattern[1] == 0 and (method != "transposable" or pattern == (2, 4))
+    return method in LEARNED and width % pattern[1] == 0 and (method != "transposable" or pattern == (2, 4))
 
 
 def prune(
@@ -157,8 +159,7 @@ def prune(
     elif method == "imp":  # Frankle & Carbin, ICLR 2019: the weights go back to where they began
         for number in range(1, rounds):
             left = shape.weights * (kept.double() / shape.weights).pow(number / (rounds - 1))
-            scores = trained(mask)[:, : shape.weights].abs()
-            scores = scores.where(mask[:, : shape.weights] > 0, -1.0)
+            scores = magnitudes(trained(mask), mask, shape)
             mask = with_biases(keep_largest(scores, kept if number == rounds - 1 else left.long()), shape)
     elif method == "gmp":
         rule = Gradual(kept, shape, steps)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sparse_pretrain.exposition.networks import Gradients, Shape, loss_gradients
+from sparse_pretrain.exposition.networks import Shape, loss_gradients
 from sparse_pretrain.seeds import hash_seed
 
 
@@ -44,6 +44,10 @@ class Sgd:
     epochs: int
     momentum: float
     weight_decay: float
+
+
+Gradients = Callable[[Tensor], Tensor]
+"""Of each network's loss on a step's batch, at the parameters given: both (N, parameters)."""
 
 
 class Rule(Protocol):

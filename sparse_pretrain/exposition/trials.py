@@ -24,7 +24,8 @@ from sparse_pretrain.limits import parse_pattern
 from sparse_pretrain.seeds import hash_seed
 
 STRUCTURE, MASK = "structure", "mask"
-NEURONS_AT_ONCE = 1024  # of a hidden layer, over all networks of a stack: what fits into a CPU core's cache
+# Neurons of a hidden layer over all networks of a stack: what fits into a CPU core's cache, and what fills a GPU.
+NEURONS_AT_ONCE = {"cpu": 1024, "cuda": 131_072}
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,19 @@ class Lab:
         Raises:
             OSError: what came out cannot be written.
         """
-        for stack in stacks(self.missing(trials)):
-            rows, shape = self.parameters(stack, advance)
-            accuracies = accuracy(rows, shape, self.task.x, self.task.y).tolist()
-            found = [
-                Outcome(share, **dataclasses.asdict(connected))
-                for share, connected in zip(accuracies, connections(rows, shape), strict=True)
-            ]
+        for stack in stacks(self.missing(trials), NEURONS_AT_ONCE[self.device.type]):
+            found = self.judge(*self.parameters(stack, advance))
             append(self.path, zip(stack, found, strict=True))
             self.outcomes.update(zip(stack, found, strict=True))
         return self.found(trials)
+
+    def judge(self, rows: Tensor, shape: Shape) -> list[Outcome]:
+        """What became of trained networks, given their parameters (N, parameters)."""
+        shares = accuracy(rows, shape, self.task.x, self.task.y).tolist()
+        return [
+            Outcome(share, **dataclasses.asdict(connected))
+            for share, connected in zip(shares, connections(rows, shape), strict=True)
+        ]
 
     def parameters(self, stack: Sequence[Trial], advance: Callable[[int], object] = int) -> tuple[Tensor, Shape]:
         """Train a stack, whose trials are alike as `stacks` makes them: the parameters (N, parameters), zero where
@@ -154,14 +158,18 @@ def seed_of(seed: int, trial: Trial) -> int:
     return hash_seed(seed, trial.draw, network)
 
 
-def stacks(trials: Iterable[Trial]) -> Iterator[list[Trial]]:
-    """Trials that can be trained together, in order: of one method, padded width and pattern, as many as are fast."""
+def stacks(trials: Iterable[Trial], neurons: int) -> Iterator[list[Trial]]:
+    """Trials that can be trained together, in order: of one method, padded width and pattern.
+
+    Args:
+        neurons: of a hidden layer at most, over all networks of a stack; but a stack has eight networks if there are.
+    """
     alike: dict[tuple[str, int, str], list[Trial]] = {}
     for trial in trials:
         pattern = trial.target if parse_pattern(trial.target) else ""
         alike.setdefault((trial.method, max(trial.structure), pattern), []).append(trial)
     for (_, width, _), group in alike.items():
-        most = max(8, NEURONS_AT_ONCE // width)
+        most = max(8, neurons // width)
         for begin in range(0, len(group), most):
             yield group[begin : begin + most]
 

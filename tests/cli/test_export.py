@@ -363,7 +363,7 @@ def test_lm_eval(tiny, corpus, export, tmp_path):
     (tasks / "choice.yaml").write_text(CHOICE.replace("QUESTIONS", str(tmp_path / "questions.jsonl")))
     environment = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
-        [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={folder},dtype=float32",
+        [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={folder},dtype=float32",
          "--tasks", "rolling,choice", "--include_path", str(tasks), "--device", "cpu", "--batch_size", "1",
          "--output_path", str(tmp_path / "results"), "--log_samples"],
         capture_output=True, text=True, env=environment, cwd=tmp_path, check=False,

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
-from sparse_pretrain import sparsest
+from sparse_pretrain import cli, sparsest
 from sparse_pretrain.config import SparsestConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.exposition import phases
@@ -20,6 +21,8 @@ from sparse_pretrain.exposition.networks import Shape, accuracy
 from sparse_pretrain.exposition.search import Mask
 from sparse_pretrain.exposition.summary import Summary, pruning_text, search_text
 from sparse_pretrain.exposition.trials import Lab, Outcome, Trial, read, stacks
+from sparse_pretrain.paths import config_dir
+from sparse_pretrain.schema import load
 
 SMALL = {
     "points": 1000,
@@ -98,6 +101,18 @@ def test_the_parameters_it_writes_are_the_network_s(whole):
             found["weights"],
             found["parameters"],
         )
+
+
+def test_a_network_alone_is_what_it_is_in_a_stack(whole):
+    lab = Lab(config(whole), whole / sparsest.TRIALS_FILE, torch.device("cpu"))
+    for kind in {(trial.method, trial.network if trial.method != "mask" else "") for trial in lab.outcomes}:
+        trial = next(t for t in lab.outcomes if t.method == kind[0] and (t.network == kind[1] or t.method == "mask"))
+        assert lab.judge(*lab.parameters([trial])) == [lab.outcomes[trial]]
+
+
+def test_the_yaml_says_the_defaults():
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        assert load(SparsestConfig, cli._plain(compose("sparsest"))) == SparsestConfig()
 
 
 def test_the_same_command_does_nothing_again(whole, capsys):
@@ -181,7 +196,7 @@ def test_stacks_are_of_one_kind_and_complete():
             ("gmp", "8-8-8", "20"), ("gmp", "8-8-8", "30"), ("ste", "8-8-8", "2:4"), ("ste", "8-8-8", "20"),
         ]
     ]  # fmt: skip
-    found = list(stacks(trials))
+    found = list(stacks(trials, 1024))
     assert sorted(map(str, trials)) == sorted(str(trial) for stack in found for trial in stack)
     for stack in found:
         assert len({(trial.method, max(trial.structure), ":" in trial.target) for trial in stack}) == 1

@@ -20,6 +20,7 @@ from sparse_pretrain.exposition.networks import Shape, forward, initial, loss_gr
 from sparse_pretrain.exposition.pruners import METHODS, Gradual, OneShot, RigL, fits, prune
 from sparse_pretrain.exposition.spiral import cubist_spiral
 from sparse_pretrain.exposition.training import Sgd, Task
+from sparse_pretrain.limits import CHOICES
 
 TASK = Task(*cubist_spiral(2000), batch_size=100, seed=3)
 STEPS = TASK.batches
@@ -237,6 +238,10 @@ def test_rigl_moves_weights_within_layers():
             assert after[i, kept].all()
             grown = after[i].index_fill(0, kept, 0)
             assert_largest(gradient[i].abs().index_fill(0, kept, -1.0), grown, int(count[i]) - stay)
+
+
+def test_the_options_are_the_methods():
+    assert CHOICES["pruning.methods"] == list(METHODS)
 
 
 def test_what_fits():

@@ -113,6 +113,13 @@ def test_spans_of_gpt2(tmp_path):
     torch.testing.assert_close(logits, torch.stack((their.start_logits, their.end_logits), 1), atol=1e-5, rtol=0)
 
 
+def test_llama_has_no_head_for_spans():
+    with pytest.raises(
+        UserError, match="checkpoint: found a llama with a head for spans; allowed: pre-training, classifier"
+    ):
+        huggingface.convert(SpanPredictor(GPT(OURS_LLAMA, 128)))
+
+
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [

@@ -215,6 +215,47 @@ def test_other_architectures_are_pruned_as_transformers_has_them(run, corpus, tm
     assert len(adapters_of(load_trained(str(tmp_path / "out"), CPU).model)) == len(names)
 
 
+def test_models_of_other_tasks_are_pruned_with_what_they_learned_from(corpus, tmp_path, capsys):
+    lines = corpus.read_text().split()
+    for name, step in (("a", 5), ("b", -5)):
+        (tmp_path / f"{name}.txt").write_text(
+            "\n".join(" ".join(lines[i : i + 6][:: step // 5]) for i in range(0, 600, 6))
+        )
+    shared = [
+        option for option in OPTIONS if option.startswith(("trainer", "scheduler", "model", "data.vocab", "data.num"))
+    ]
+    runs_of = {
+        "seq2seq": ["model=seq2seq_nano", "data=pairs", f"data.train=[{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}]", "data.max_source_len=16", "data.max_target_len=16"],
+        "bert": ["model=bert_nano", "data=text", "data.tokenizer=wordpiece", "data.seq_len=16", f"data.train=[{corpus}]"],
+    }  # fmt: skip
+    for name, options in runs_of.items():
+        cli.main(
+            [
+                "train",
+                "recipe=dense",
+                *shared,
+                *options,
+                "trainer.steps=1",
+                "scheduler.warmup_steps=0",
+                f"run_dir={tmp_path / name}",
+            ]
+        )
+        facts = prune(tmp_path / name, tmp_path / f"{name}-pruned", method="sparsegpt", samples=10)
+        assert facts["calibration"]["samples"] == 10
+        assert len(facts["layers"]) == {"seq2seq": 2 * 4 + 2 * 7, "bert": 2 * 4}[name]
+        assert facts["sparsity"] == pytest.approx(0.5, abs=0.01)
+        shown = printed(capsys, "evaluate", checkpoint=tmp_path / f"{name}-pruned", weights="packed", accelerator="cpu")
+        assert f"in {len(facts['layers'])} layers" in shown["weights"]
+    facts = prune(tmp_path / "bert", tmp_path / "text", method="wanda", text=f"[{corpus}]", seq_len=12)
+    assert facts["calibration"]["seq_len"] == 12
+    with pytest.raises(SystemExit):
+        prune(tmp_path / "seq2seq", tmp_path / "no", text=f"[{corpus}]")
+    assert (
+        "text: found set for a model of text_to_text; allowed: this only for a language model"
+        in capsys.readouterr().err
+    )
+
+
 def test_a_killed_command_goes_on_where_it_was(run, corpus, tmp_path, monkeypatch):
     torch.manual_seed(0)
     cfg = transformers.LlamaConfig(

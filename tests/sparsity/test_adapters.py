@@ -1,6 +1,7 @@
 """Adapters: their update is the published equation; merging, saving and loading keep what is computed."""
 
 import copy
+import dataclasses
 import errno
 import os
 import re
@@ -20,6 +21,7 @@ from sparse_pretrain.sparsity import SparseLinear
 from sparse_pretrain.sparsity.adapters import (
     LoRA,
     SLoRB,
+    adapters_in,
     adapters_of,
     attach,
     load_adapters,
@@ -27,6 +29,7 @@ from sparse_pretrain.sparsity.adapters import (
     merge_adapters,
     save_adapters,
     unmerge_adapters,
+    with_options_of_file,
 )
 from sparse_pretrain.sparsity.packed import pack_model
 
@@ -442,6 +445,31 @@ def test_files_of_other_adapters(tmp_path):
     assert "with group=4, kind=slorb, train_groups=true; allowed: alpha=6.0, kind=lora, rank=3" in message
     saved(path, AdapterConfig(kind="lora", rank=3, alpha=1.0))
     assert "with alpha=1.0, kind=lora, rank=3; allowed: alpha=6.0, kind=lora, rank=3" in refused(path)
+
+
+def test_a_file_decides_what_is_not_given(tmp_path):
+    path = str(tmp_path / "adapter.safetensors")
+    for cfg in (
+        AdapterConfig("lora", rank=3, alpha=6.0),
+        AdapterConfig("lora", rank_share=1 / 3),
+        AdapterConfig("slorb", group=2, train_groups=False),
+    ):
+        saved(path, cfg)
+        assert adapters_in(path) == (cfg, ["0", "2"])
+        assert with_options_of_file(AdapterConfig(cfg.kind, path=path)) == dataclasses.replace(cfg, path=path)
+    given = AdapterConfig("slorb", group=4, path=path)
+    assert with_options_of_file(given) == dataclasses.replace(given, train_groups=False)  # and refused when it is read
+    other = AdapterConfig("lora", path=path)
+    assert with_options_of_file(other) == other
+    assert with_options_of_file(AdapterConfig()) == AdapterConfig()
+
+
+def test_rank_as_a_share_of_the_weights(tmp_path):
+    model = saved(tmp_path / "adapter.safetensors", AdapterConfig("lora", rank_share=0.6))
+    assert [adapter.rank for adapter in adapters_of(model).values()] == [2, 2]  # 0.6 · 48 / 14
+    assert make_adapter(AdapterConfig("lora", rank_share=0.01), IN, OUT).rank == 1
+    assert make_adapter(AdapterConfig("lora", rank_share=0.6), 100, 20).rank == 10
+    load_adapters(two_layers(AdapterConfig("lora", rank_share=0.6)), tmp_path / "adapter.safetensors")
 
 
 def test_files_of_other_models(tmp_path):
