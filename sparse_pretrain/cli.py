@@ -38,16 +38,16 @@ COMMANDS = {
     "compare": Command(
         config.CompareConfig, "recipes on equal budgets: each with several seeds, then table and picture"
     ),
-    "evaluate": Command(config.EvaluateConfig, "loss and perplexity of a checkpoint"),
+    "prune": Command(config.PruneConfig, "prune a trained model once, layer by layer: Wanda, SparseGPT, OATS"),
+    "evaluate": Command(config.EvaluateConfig, "how good a checkpoint is: perplexity, or the metrics of its task"),
     "generate": Command(config.GenerateConfig, "text from a checkpoint"),
     "export": Command(config.ExportConfig, "a checkpoint as a folder for transformers, lm-eval and PEFT"),
-    "report": Command(config.ReportConfig, "an HTML page of one or more runs"),
-    "prune": Command(config.PruneConfig, "prune a trained model once, layer by layer: Wanda, SparseGPT, OATS"),
     "inspect": Command(
         config.InspectConfig, "attention sinks, outliers, masks and spectra of checkpoints, side by side", "inspection"
     ),
-    "doctor": Command(config.DoctorConfig, "what this machine can do"),
     "sparsest": Command(config.SparsestConfig, "the sparsest networks that solve a small task, against pruning"),
+    "report": Command(config.ReportConfig, "an HTML page of one or more runs"),
+    "doctor": Command(config.DoctorConfig, "what this machine can do"),
     "bench": Command(config.BenchConfig, "how fast 2:4 operators, layers and training steps are on this machine"),
 }
 TRAINING = ("train", "finetune")  # commands that make a run folder

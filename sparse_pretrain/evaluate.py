@@ -107,9 +107,7 @@ def evaluate_text(
         sampled, greedy = (sums / count).tolist()
         drafts = "  ".join(f"{n}: {tokens_per_pass(sampled, n):.3f}" for n in DRAFT_TOKENS)
         shown["teacher"] = str(teacher.folder)
-        shown["acceptance"] = (
-            f"{sampled:.6f} of tokens sampled at temperature 1, {greedy:.6f} of the likeliest ones"
-        )
+        shown["acceptance"] = f"{sampled:.6f} of tokens sampled at temperature 1, {greedy:.6f} of the likeliest ones"
         shown["tokens per pass"] = f"of the teacher, by the number drafted  {drafts}"
     return shown
 

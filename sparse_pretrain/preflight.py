@@ -119,9 +119,7 @@ def check_init(cfg: TrainConfig) -> Path:
     return source
 
 
-def _check_same_model(
-    cfg: TrainConfig, source: dict[str, Any], option: str, options: tuple[str, ...] = ()
-) -> None:
+def _check_same_model(cfg: TrainConfig, source: dict[str, Any], option: str, options: tuple[str, ...] = ()) -> None:
     """Raises UserError naming `option` if a config `source` has another model, or others of `options`."""
     there = flatten(source)
     here = flatten(to_dict(cfg))

@@ -25,7 +25,6 @@ ALLOWED = {
     "optim": ["config", "sparse24"],
     "checkpoint": ["errors", "interrupt"],
     "evaluation": ["errors"],
-    "pruning": ["errors", "sparse24"],
     "sparsity": ["config", "schema", "limits", "errors", "paths", "seeds", "optim", "sparse24"],
     "tasks": [
         *("config", "config_models", "config_data", "errors", "paths", "runs", "hardware", "models", "optim"),
@@ -99,7 +98,18 @@ ALLOWED = {
     "decay_search": ["crosscheck", "config", "schema", "preflight", "runs", "factor_search", "train"],
     "compare": ["config", "errors", "paths", "runs", "train", "reporting"],
     "scoring": ["config_data", "data", "errors", "evaluation", "models", "tasks"],
-    "evaluate": ["scoring", "config_data", "config", "errors", "runs", "hardware", "data", "evaluation", "sparsity", "tasks"],
+    "evaluate": [
+        "scoring",
+        "config_data",
+        "config",
+        "errors",
+        "runs",
+        "hardware",
+        "data",
+        "evaluation",
+        "sparsity",
+        "tasks",
+    ],
     "generate": [
         *("config", "config_data", "errors", "hardware", "paths", "data", "models", "sparsity", "tasks"),
     ],

@@ -150,6 +150,7 @@ def test_dense_and_packed(tiny, export, recipe, changes, cls, layers, transposed
     assert (unpacked / "tokenizer_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_process_that_never_imports_ours(tiny, corpus, export):
     """Tokens, logits and greedy continuations of both kinds of decoders, and with adapters that PEFT puts on them."""
     kinds = [{}, LLAMA]
@@ -342,6 +343,7 @@ metric_list: [{metric: acc}]
 """
 
 
+@pytest.mark.slow
 def test_lm_eval(tiny, corpus, export, tmp_path):
     """Perplexity and multiple choice by lm-evaluation-harness, told nothing of us: its loglikelihoods are ours."""
     pytest.importorskip("lm_eval")

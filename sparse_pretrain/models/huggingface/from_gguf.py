@@ -6,16 +6,22 @@ rotary embedding, pairs of neighbours; Hugging Face rotates the two halves of a 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from sparse_pretrain.errors import UserError
+from sparse_pretrain.models.huggingface.folder import (
+    CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    WEIGHTS,
+    write_json,
+    write_tensors,
+)
 
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -53,10 +59,11 @@ def convert(path: Path, folder: Path) -> None:
     fields = {name: field.contents() for name, field in reader.fields.items()}
     for key, allowed in (
         ("general.architecture", ["llama"]),
+        ("llama.rope.scaling.type", ["none"]),
         ("tokenizer.ggml.model", ["gpt2"]),
         ("tokenizer.ggml.pre", list(_PRE_TOKENIZERS)),
     ):
-        if fields.get(key) not in allowed:
+        if fields.get(key, "none") not in allowed:
             raise UserError("checkpoint", f"{path} with {key}={fields.get(key)}", allowed)
     tensors = {}
     for tensor in reader.tensors:
@@ -67,10 +74,10 @@ def convert(path: Path, folder: Path) -> None:
                 weight = _halves(weight, fields[f"llama.attention.{heads}"])
         tensors[name] = weight.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "config.json", _config(fields, tied="lm_head.weight" not in tensors))
-    _tokenizer(fields).save(str(folder / "tokenizer.json"))
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config(fields))
+    write_tensors(folder / WEIGHTS, tensors, {})
+    write_json(folder / CONFIG, _config(fields, tied="lm_head.weight" not in tensors))
+    _tokenizer(fields).save(str(folder / TOKENIZER))
+    write_json(folder / TOKENIZER_CONFIG, _tokenizer_config(fields))
 
 
 def _name(name: str, path: Path) -> str:
@@ -145,7 +152,3 @@ def _tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
     if "tokenizer.chat_template" in fields:
         config["chat_template"] = fields["tokenizer.chat_template"]
     return config
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
