@@ -64,7 +64,7 @@ def find_source(path: str) -> Source:
         tokenizer = folder / "tokenizer.json"
         model: ModelConfig = HFConfig(name=folder.name, path=str(folder))
         if huggingface.is_known(folder):
-            model = huggingface.load(folder).cfg
+            model = huggingface.options(folder)
         return Source(model, tokenizer if tokenizer.is_file() else None)
     run_dir = store.resolve(folder, "checkpoint").parent.parent
     tokenizer = run_dir / runs.TOKENIZER_FILE

@@ -112,7 +112,7 @@ def check_init(cfg: TrainConfig) -> Path:
     assert cfg.init_from is not None
     source = Path(cfg.init_from).expanduser()
     if huggingface.is_hugging_face(source):
-        _check_same_model(cfg, {"model": to_dict(huggingface.load(source, "init_from").cfg)}, "init_from")
+        _check_same_model(cfg, {"model": to_dict(huggingface.options(source, "init_from"))}, "init_from")
         return source
     source = store.resolve(source, option="init_from").parent.parent
     _check_same_model(cfg, to_dict(runs.read_config(source)), "init_from")

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 import yaml
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparse_pretrain import runs
@@ -19,7 +18,7 @@ from sparse_pretrain.checkpoint import store
 from sparse_pretrain.config import AdapterConfig, RecipeConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.models import huggingface
-from sparse_pretrain.models.huggingface.folder import read_safetensors
+from sparse_pretrain.models.huggingface.folder import read_safetensors, write_tensors
 from sparse_pretrain.schema import to_dict
 from sparse_pretrain.sparsity.adapters import LoRA, attach, make_adapter, merge_adapters, save_adapters
 from sparse_pretrain.sparsity.swap import densify
@@ -121,7 +120,7 @@ def write_folder(
                     if found is not None:
                         tensors[name] = new[found].to(tensors[name].dtype).contiguous()
                         left.remove(found)
-                save_file(tensors, out / path.name, metadata)
+                write_tensors(out / path.name, tensors, metadata)
     if left:
         raise UserError(
             "checkpoint", f"{source}, whose files do not name {sorted(left)[0]}", "one that transformers saved"
@@ -145,8 +144,8 @@ def _their_weights(source: Path, model: nn.Module, layers: Sequence[str]) -> dic
 
 @torch.no_grad()
 def set_adapter(adapter: LoRA, left: Tensor, right: Tensor) -> None:
-    """Let the adapter add X Vᵀ Uᵀ. U and V are known but for a factor of each of their pairs: here A and B have
-    columns and rows of the same size, so that they can be trained with one learning rate.
+    """Let the adapter add X Vᵀ Uᵀ. A column of U and the row of V that it is multiplied with may share their size as
+    one likes: in A and B they have the same, so that one learning rate does for both.
 
     left: U (out_features, rank); right: V (rank, in_features).
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,9 @@ def _load_hugging_face(folder: Path, device: torch.device, option: str) -> Train
     if huggingface.is_known(folder):
         loaded = huggingface.load(folder, option)
         model, sizes, weights = loaded.cfg, Sizes(num_classes=loaded.num_classes), loaded.state_dict
+        for names, what in ((loaded.missing, "initial weights for"), (loaded.left_behind, "no place for")):
+            if names:
+                print(f"  {folder.name}: {what} {', '.join(names)}", file=sys.stderr)
     else:
         model, sizes, weights = HFConfig(name=folder.name, path=str(folder)), Sizes(), None
     adapters, recipe = folder / runs.ADAPTER_FILE, RecipeConfig("dense")
