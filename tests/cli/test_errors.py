@@ -24,7 +24,7 @@ def error_of(capsys, *arguments: str) -> str:
     ("arguments", "expected"),
     [
         (["trian"], "command: found trian; allowed: train, finetune, decay-search, compare, prune, evaluate, generate, export, inspect, sparsest, report, doctor, bench; did you mean train?"),
-        (["train", "model=gpt2_124"], "model: found gpt2_124; allowed: gpt2_124m"),
+        (["train", "model=gpt2_124"], "did you mean gpt2_124m?"),
         (["train", "recipe=fts"], "did you mean fst?"),
         (["train", "model.d_modell=64"], "model.d_modell: found no such option; allowed: model.d_model"),
         (["train", "+model.wings=2"], "model.wings: found no such option"),

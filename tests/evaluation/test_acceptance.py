@@ -58,7 +58,7 @@ def teacher_run(tiny):
 def rates(capsys, checkpoint, teacher, **options) -> tuple[float, float, str]:
     evaluate.run(EvaluateConfig(checkpoint=str(checkpoint), teacher=str(teacher), accelerator="cpu", **options))
     output = capsys.readouterr().out
-    sampled, greedy = re.search(r"acceptance  ([\d.]+) of .* temperature 1, ([\d.]+) of", output).groups()
+    sampled, greedy = re.search(r"acceptance +([\d.]+) of .* temperature 1, ([\d.]+) of", output).groups()
     return float(sampled), float(greedy), output
 
 
@@ -87,5 +87,5 @@ def test_models_that_cannot_be_compared(tiny, teacher_run):
     other = train.run(tiny("dense", "other", data__vocab_size=300))
     refuses("teacher: found .*other, which has another tokenizer than the checkpoint", other)
     short = train.run(tiny("dense", "short", model__max_seq_len=8, data__seq_len=8))
-    refuses("teacher: found .*short, made for sequences of 8; allowed: one for at least 16", short)
+    refuses("teacher: found .*short, made for sequences of 8; allowed: one for at least seq_len=16", short)
     refuses("teacher: found /nowhere, which holds no whole checkpoint", "/nowhere")

@@ -23,4 +23,8 @@ def torchvision() -> types.ModuleType:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return pytest.importorskip("torchvision")
+    try:
+        return pytest.importorskip("torchvision")
+    finally:
+        if folder:
+            sys.path.remove(folder)  # processes that tests start get this path, and not the operators
