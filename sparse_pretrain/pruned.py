@@ -35,6 +35,8 @@ _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gg
 def plain_task(trained: Trained) -> Task:
     """The checkpoint's task with plain layers, which hold the weights that it computes with now: 2:4 ones where it is
     sparse, adapters merged."""
+    if trained.cfg.recipe.projection == trained.cfg.recipe.adapter.kind == "none":
+        return trained.task
     densify(trained.model)
     merge_adapters(trained.model)
     task = build_task(dataclasses.replace(trained.cfg, recipe=RecipeConfig("dense")), trained.task.sizes)

@@ -17,6 +17,7 @@ from sparse_pretrain import cli, runs
 from sparse_pretrain.calibration import windows
 from sparse_pretrain.data.tokenizer import load_tokenizer
 from sparse_pretrain.errors import UserError
+from sparse_pretrain.pruned import plain_task
 from sparse_pretrain.pruning.oats import rank
 from sparse_pretrain.sparsity.adapters import LoRA, adapters_of
 from sparse_pretrain.tasks.trained import load_trained
@@ -402,3 +403,19 @@ def test_a_rank_by_share_of_the_weights():
             assert adapter.rank == 1 or adapter.a.numel() + adapter.b.numel() <= share * shape[0] * shape[1] * (
                 1 + 1e-9
             )
+
+
+def test_what_is_sparse_or_has_adapters_is_pruned_as_it_computes(run, tmp_path):
+    prune(run, tmp_path / "oats", method="oats", iterations=5)
+    source = load_trained(str(tmp_path / "oats"), CPU)
+    tokens = torch.randint(300, (2, 16))
+    before = source.model(tokens)
+    task = plain_task(source)
+    assert not adapters_of(task.model)
+    torch.testing.assert_close(task.model(tokens), before, rtol=1e-4, atol=1e-5)
+    facts = prune(tmp_path / "oats", tmp_path / "again", method="magnitude", pattern="1:4")
+    assert facts["sparsity"] == pytest.approx(0.75)
+    result = load_trained(str(tmp_path / "again"), CPU)
+    for name in (layer["name"] for layer in facts["layers"]):
+        kept = result.model.get_submodule(name).weight
+        assert torch.equal(kept[kept != 0], task.model.get_submodule(name).weight[kept != 0])
