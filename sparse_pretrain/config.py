@@ -136,11 +136,13 @@ class TrainerConfig:
     grad_clip: float | None = 1.0
     accelerator: str = "auto"
     devices: int = 1
+    strategy: str = "ddp"
     log_every: int = 10
     eval_every: int = 100
     eval_batches: int = 16
     checkpoint_every: int = 200
     checkpoints_kept: int = 2
+    async_checkpoints: bool = False
     compile: bool = False
     deterministic: bool = False
     stop_after: int | None = None  # end after this step as a signal would: with a checkpoint, to be continued
@@ -206,6 +208,32 @@ class CompareConfig(TrainConfig):
 
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     out: str | None = None  # null = RUNS_DIR/compare-MODEL-HASH
+
+
+@dataclass
+class SweepConfig(TrainConfig):
+    """Training runs that search options for the lowest validation loss."""
+
+    hparams_search: dict = field(default_factory=dict)  # option -> {type, low, high, log, step} or {type, choices}
+    trials: int = 20
+    workers: int = 1  # trials at once in this process
+    sampler: str = "tpe"
+    pruner: str = "median"
+    prune_after_trials: int = 5  # median: trials that have come as far
+    prune_after_steps: int = 0
+    max_failures: int = 5  # in a row; so many stop the sweep
+    storage: str | None = None  # URL of a database; null = a file in the sweep's folder
+    out: str | None = None  # folder; null = RUNS_DIR/sweep-MODEL-HASH
+    wandb: str | None = None  # write the sweep to this file, for Weights & Biases to run, and do nothing else
+
+
+@dataclass
+class SweepReportConfig:
+    """The table, the best options and the pictures of a sweep."""
+
+    sweep: str  # its folder
+    storage: str | None = None  # null = as the sweep has it
+    out: str | None = None  # folder; null = that of the sweep
 
 
 @dataclass

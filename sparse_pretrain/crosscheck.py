@@ -49,6 +49,7 @@ def check(cfg: TrainConfig) -> None:
     _check_recipe(cfg)
     _check_teacher(cfg, learns)
     _check_batch(trainer)
+    _check_strategy(cfg)
     if isinstance(cfg, DecaySearchConfig):
         sample_step(cfg, cfg.search)
     elif cfg.recipe.decay.factor == "auto":
@@ -308,6 +309,19 @@ def _check_teacher(cfg: TrainConfig, learns: str) -> None:
             "self, for a run that is sparse from its first step on: a teacher that has learned nothing",
             "self with recipe.schedule.dense_warmup above 0, or with init_from=RUN; or other teachers",
         )
+
+
+def _check_strategy(cfg: TrainConfig) -> None:
+    """What needs more of the model than the part that each rank has."""
+    if cfg.trainer.strategy != "fsdp":
+        return
+    for option, found, allowed, fits in (
+        ("optimizer", cfg.optimizer.name, "adamw", cfg.optimizer.name == "adamw"),
+        ("trainer.precision", cfg.trainer.precision, "fp32 or bf16", cfg.trainer.precision != "fp16"),
+        ("recipe.teacher.models", "self", "other teachers", "self" not in cfg.recipe.teacher.models),
+    ):
+        if not fits:
+            raise UserError(option, f"{found} with trainer.strategy=fsdp", f"{allowed}, or trainer.strategy=ddp")
 
 
 def _check_batch(trainer: TrainerConfig) -> None:

@@ -66,9 +66,11 @@ RUNTIME_OPTIONS = (
     "logger",
     "data.num_workers",
     "trainer.devices",
+    "trainer.strategy",
     "trainer.log_every",
     "trainer.checkpoint_every",
     "trainer.checkpoints_kept",
+    "trainer.async_checkpoints",
     "trainer.peak_tflops",
     "trainer.stop_after",
 )
@@ -152,8 +154,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into one sentence naming the folder.
+def writing(path: Path, option: str = "run_dir") -> Iterator[None]:
+    """Turn a full disk or a missing permission into one sentence naming the option and its folder.
 
     Raises:
         UserError: in place of an OSError.
@@ -161,9 +163,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            "run_dir", f"{path}, which cannot be written ({error.strerror})", "a writable folder"
-        ) from error
+        raise UserError(option, f"{path}, which cannot be written ({error.strerror})", "a writable folder") from error
 
 
 def write_text(path: Path, text: str) -> None:

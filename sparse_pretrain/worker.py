@@ -20,11 +20,13 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from sparse_pretrain import runs
 from sparse_pretrain.checkpoint import store
 from sparse_pretrain.checkpoint.callback import AtomicCheckpointIO, CheckpointCallback
+from sparse_pretrain.checkpoint.saver import Saver
+from sparse_pretrain.checkpoint.strategy import ShardedStrategy
 from sparse_pretrain.config import TrainConfig
 from sparse_pretrain.data.build import Store, data_module, open_store
 from sparse_pretrain.data.token_store import TokenStore
@@ -35,6 +37,7 @@ from sparse_pretrain.loggers import build_loggers, close_loggers
 from sparse_pretrain.models.count import count_model
 from sparse_pretrain.schema import to_dict
 from sparse_pretrain.sparsity.adapters import load_adapters, save_adapters
+from sparse_pretrain.sparsity.recipe import SparseTraining
 from sparse_pretrain.tasks.build import build_model, build_task
 from sparse_pretrain.tasks.metrics import MetricsCallback
 from sparse_pretrain.tasks.products import ProductsCallback
@@ -80,14 +83,15 @@ def run(run_dir: Path) -> None:
     module.rows = count.rows
     peak, peak_source = (cfg.trainer.peak_tflops, "given") if cfg.trainer.peak_tflops else peak_tflops(device, dtype)
     identifier = runs.run_id(run_dir)
+    saver = Saver(cfg.trainer.checkpoints_kept, cfg.trainer.async_checkpoints)
     callbacks = [
         TeacherCallback(run_dir),
         ProductsCallback(run_dir, dtype),
         MetricsCallback(run_dir, count.flop_per_token, peak * 1e12 * cfg.trainer.devices),
         CheckpointCallback(
             run_dir / runs.CHECKPOINTS,
+            saver,
             cfg.trainer.checkpoint_every,
-            cfg.trainer.checkpoints_kept,
             cfg.trainer.steps,
             poll_every=cfg.trainer.log_every,
             stop_after=cfg.trainer.stop_after,
@@ -96,13 +100,8 @@ def run(run_dir: Path) -> None:
     trainer = lightning.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=cfg.trainer.devices,
-        # masks and guards are the same on all ranks, being functions of the same weights, losses and norms: sending
-        # them (and Ŵ) round before each step would cost half as much as the gradients
-        # adapters and the logits of masks have no gradient in some phases
-        strategy=DDPStrategy(broadcast_buffers=False, find_unused_parameters=bool(training.adapters or training.own_lr))
-        if cfg.trainer.devices > 1
-        else "auto",
-        plugins=[AtomicCheckpointIO(), precision_plugin(dtype, device)],
+        strategy=make_strategy(cfg, training, saver),
+        plugins=[AtomicCheckpointIO(saver), precision_plugin(dtype, device)],
         callbacks=callbacks,
         logger=False,
         max_epochs=1,
@@ -147,10 +146,23 @@ def run(run_dir: Path) -> None:
         close_loggers(trainer.loggers)
     if module.steps_done < cfg.trainer.steps:
         print_stop(cfg, run_dir, module.steps_done)
-    elif trainer.is_global_zero:
-        if training.adapters:
-            save_adapters(module.model, run_dir / runs.ADAPTER_FILE)
+        return
+    if training.adapters:
+        save_adapters(module.model, run_dir / runs.ADAPTER_FILE, write=trainer.is_global_zero)
+    if trainer.is_global_zero:
         runs.write_json(run_dir / runs.SUMMARY_FILE, summarize(module, run_dir))
+
+
+def make_strategy(cfg: TrainConfig, training: SparseTraining, saver: Saver) -> Strategy | str:
+    """How the ranks of a run work together."""
+    if cfg.trainer.devices == 1:
+        return "auto"
+    if cfg.trainer.strategy == "fsdp":
+        return ShardedStrategy(saver, data_parallel_size=cfg.trainer.devices, tensor_parallel_size=1)
+    # Masks and guards are the same on all ranks, being functions of the same weights, losses and norms: sending them
+    # (and Ŵ) round before each step would cost half as much as the gradients. Adapters and the logits of masks have no
+    # gradient in some phases.
+    return DDPStrategy(broadcast_buffers=False, find_unused_parameters=bool(training.adapters or training.own_lr))
 
 
 def find_checkpoint(cfg: TrainConfig, run_dir: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from pathlib import Path
 from types import FrameType
@@ -11,22 +12,27 @@ import lightning
 from lightning.pytorch.plugins import CheckpointIO
 
 from sparse_pretrain.checkpoint import store
+from sparse_pretrain.checkpoint.saver import Saver
+from sparse_pretrain.errors import UserError
 from sparse_pretrain.interrupt import SIGNALS, Interrupted, raise_if_received
 
 
 class AtomicCheckpointIO(CheckpointIO):
     """Lightning's checkpoints through `store`: atomic, checksummed, loaded without running code."""
 
+    def __init__(self, saver: Saver) -> None:
+        self.saver = saver
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        store.save(checkpoint, Path(path))
+        self.saver.save(checkpoint, Path(path))
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return store.load(Path(path), map_location or "cpu")
+        return store.load(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        raise NotImplementedError("checkpoints are removed by store.prune")
+        raise NotImplementedError("the saver removes checkpoints")
 
 
 class CheckpointCallback(lightning.Callback):
@@ -39,10 +45,16 @@ class CheckpointCallback(lightning.Callback):
     """
 
     def __init__(
-        self, folder: Path, every: int, kept: int, total_steps: int, poll_every: int, stop_after: int | None = None
+        self,
+        folder: Path,
+        saver: Saver,
+        every: int,
+        total_steps: int,
+        poll_every: int,
+        stop_after: int | None = None,
     ) -> None:
-        self.folder, self.every, self.kept, self.total_steps = folder, every, kept, total_steps
-        self.stop_after = stop_after
+        self.folder, self.saver = folder, saver
+        self.every, self.total_steps, self.stop_after = every, total_steps, stop_after
         self.poll_every = poll_every  # steps between asking the other ranks whether they got a signal
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
@@ -68,9 +80,8 @@ class CheckpointCallback(lightning.Callback):
             )
         if step % self.every == 0 or step in (self.total_steps, self.stop_after) or interrupted:
             trainer.save_checkpoint(store.checkpoint_folder(self.folder, step))
-            if trainer.is_global_zero:
-                store.prune(self.folder, self.kept)
         if interrupted and step < self.total_steps:
+            self.saver.wait()
             name = signal.Signals(self.received).name if self.received is not None else "a signal to another rank"
             raise Interrupted(
                 f"{name}: checkpoint saved at step {step} of {self.total_steps}; the same command continues it"
@@ -78,7 +89,12 @@ class CheckpointCallback(lightning.Callback):
         if step == self.stop_after:
             trainer.should_stop = True
 
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.saver.wait()
+
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        with contextlib.suppress(UserError):  # after an exception, which is told, not what follows from it
+            self.saver.wait()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}

@@ -1,7 +1,6 @@
-"""A checkpoint on disk: `step-00000100/` with `checkpoint.pt` and `manifest.json` (its size and SHA-256).
+"""A run's checkpoints on disk, `step-00000100/` and so on: writing, verifying, finding, keeping the newest.
 
-It is written beside under another name, synced to disk, and renamed: a reader finds it whole or not at all. What a disk
-damages later, the checksum tells. Loading never runs code from the file (`weights_only=True`).
+A reader finds one whole or not at all; what a disk damages later, the checksums of its manifest tell.
 """
 
 from __future__ import annotations
@@ -14,13 +13,12 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-import torch
-
+from sparse_pretrain.checkpoint import files
+from sparse_pretrain.checkpoint.files import MANIFEST_FILE
 from sparse_pretrain.errors import UserError
 
-STATE_FILE, MANIFEST_FILE = "checkpoint.pt", "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -33,34 +31,23 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def save(state: dict[str, Any], folder: Path) -> None:
+def save(state: dict[str, Any], folder: Path, together: bool = False, group: Any = None) -> None:
     """Write `state` (tensors and plain containers) as the checkpoint `folder`, atomically.
+
+    Args:
+        together: whether all ranks write, each its parts of `DTensor`s; else this one alone.
+        group: of processes, for what the ranks tell each other meanwhile; default: all.
 
     Raises:
         UserError: the disk is full or not writable; what was there before is untouched.
     """
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        with open(partial / STATE_FILE, "wb") as file:
-            writer = _HashingWriter(file)
-            torch.save(state, cast("IO[bytes]", writer))
-            _sync(file)
-        manifest = {"format": 1, "bytes": writer.bytes, "sha256": writer.sha256.hexdigest()}
-        with open(partial / MANIFEST_FILE, "w") as file:
-            json.dump(manifest, file)
-            _sync(file)
-        _sync_folder(partial)
-        if folder.exists():  # a damaged one that was resumed from before
-            shutil.rmtree(folder)
-        os.rename(partial, folder)
-        _sync_folder(folder.parent)
+        files.write(state, folder, together, group)
     except (OSError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if isinstance(error, RuntimeError) and not isinstance(error.__context__, OSError):
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
             raise
+        full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
         raise UserError(
             str(folder),
             "no space left on the disk" if full else f"that it cannot be written ({error})",
@@ -69,8 +56,11 @@ def save(state: dict[str, Any], folder: Path) -> None:
         ) from error
 
 
-def load(folder: Path, map_location: Any = "cpu") -> dict[str, Any]:
+def load(folder: Path, place: files.Place | None = None) -> dict[str, Any]:
     """Read a checkpoint, without running any code from it.
+
+    Args:
+        place: (name, size, dtype) -> the tensor to read into, which may be a `DTensor`; default: a new one on the CPU.
 
     Raises:
         UserError: it is damaged or incomplete, or is no checkpoint.
@@ -78,26 +68,27 @@ def load(folder: Path, map_location: Any = "cpu") -> dict[str, Any]:
     problem = damage(folder)
     if problem:
         raise UserError(str(folder), problem, "a whole checkpoint folder, as RUN_DIR/checkpoints/step-00000100")
-    return torch.load(folder / STATE_FILE, map_location=map_location, weights_only=True)
+    return files.read(folder, place)
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if its file is what its manifest says."""
+    """What is wrong with a checkpoint, or None if its files are what its manifest says."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
-        size, digest = manifest["bytes"], manifest["sha256"]
+        expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
     except FileNotFoundError:
-        return "no manifest.json"
-    except (ValueError, KeyError, TypeError, OSError):
-        return "an unreadable manifest.json"
-    state = folder / STATE_FILE
-    if not state.is_file():
-        return f"no {STATE_FILE}"
-    if state.stat().st_size != size:
-        return f"{STATE_FILE} of {state.stat().st_size} bytes where the manifest says {size}"
-    with open(state, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-            return f"a wrong checksum of {STATE_FILE}"
+        return f"no {MANIFEST_FILE}"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        return f"an unreadable {MANIFEST_FILE}"
+    for name, (size, _) in expected.items():
+        if not (folder / name).is_file():
+            return f"no {name}"
+        if (folder / name).stat().st_size != size:
+            return f"{name} of {(folder / name).stat().st_size} bytes where the manifest says {size}"
+    for name, (_, digest) in expected.items():
+        with open(folder / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                return f"a wrong checksum of {name}"
     return None
 
 
@@ -160,33 +151,3 @@ def prune(checkpoints: Path, kept: int) -> None:
         shutil.rmtree(checkpoint_folder(checkpoints, step), ignore_errors=True)
     for leftover in checkpoints.glob(".step-*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-class _HashingWriter:
-    """A binary file that hashes and counts what is written to it, so that the file need not be read again."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.sha256 = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        self.bytes += len(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,6 +11,8 @@ import torch
 from sparse24.ops import use_kernels
 from torch import Tensor, nn
 
+from sparse_pretrain.sharding import local, sum_over_parts
+
 FROZEN = "second_moment_frozen"  # of a group: the switch was made; of a weight's state: it had a second moment then
 
 
@@ -23,7 +25,7 @@ class MaskedDecay:
         `momentum`: added to the first moment for this step only, and seen by the second (AST, Huang et al. 2025).
         `weight`: W ← W − lr·λ·(1−M)⊙W beside the step, as weight decay is (SR-STE, Zhou et al. 2021, under Adam).
     factor: λ, changed from step to step by whoever owns the schedule; 0 = off.
-    masks: weight -> boolean tensor of the same shape, True = kept.
+    masks: weight -> boolean tensor of the same shape, True = kept; of a sharded weight, of this rank's part.
     """
 
     place: str = "none"
@@ -36,8 +38,8 @@ class MaskedDecay:
         return self.place if self.factor > 0 or self.place == "momentum" else "none"
 
     def term(self, weight: Tensor, mask: Tensor) -> Tensor:
-        """λ·(1−M)⊙W, in the weight's dtype."""
-        return weight.detach().masked_fill(mask, 0.0).mul_(self.factor)
+        """λ·(1−M)⊙W, in the weight's dtype, of this rank's part."""
+        return local(weight.detach()).masked_fill(mask, 0.0).mul_(self.factor)
 
     def apply(self, groups: list[dict[str, Any]], live: Tensor | float = 1.0) -> None:
         """At `gradient` and `weight`: to the parameters of an optimizer's groups that have a mask and a gradient.
@@ -50,9 +52,9 @@ class MaskedDecay:
                 if mask is None or weight.grad is None:
                     continue
                 if self.place_now == "gradient":
-                    weight.grad.add_(self.term(weight, mask))
+                    local(weight.grad).add_(self.term(weight, mask))
                 elif self.place_now == "weight":
-                    weight.sub_(self.term(weight, mask).mul_(group["lr"] * live))
+                    local(weight).sub_(self.term(weight, mask).mul_(group["lr"] * live))
 
 
 @dataclass
@@ -73,14 +75,15 @@ class SecondMoment:
     change: Tensor | None = None
     frozen: bool = False
 
-    def record(self, changes: list[Tensor], found_inf: Tensor | None) -> None:
-        """Set `change` from the |v_t − v_{t−1}| of the watched weights."""
-        entries = sum(change.numel() for change in changes)
-        if self.mean == "geometric":
+    def record(self, changes: dict[nn.Parameter, Tensor], found_inf: Tensor | None) -> None:
+        """Set `change` from the |v_t − v_{t−1}| of the watched weights, of this rank's part of each."""
+        entries, geometric = sum(weight.numel() for weight in changes), self.mean == "geometric"
+        if geometric:
             tiny = torch.finfo(torch.float32).tiny
-            mean = (torch.stack([x.clamp_min_(tiny).log_().sum() for x in changes]).sum() / entries).exp()
-        else:
-            mean = torch.stack([x.sum() for x in changes]).sum() / entries
+            changes = {weight: x.clamp_min_(tiny).log_() for weight, x in changes.items()}
+        total = torch.stack([x.sum() for x in changes.values()]).sum()
+        mean = sum_over_parts(total, next(iter(changes))) / entries
+        mean = mean.exp() if geometric else mean
         if found_inf is not None:
             before = torch.full_like(mean, math.inf) if self.change is None else self.change.to(mean.device)
             mean = torch.where(found_inf.to(mean.device) > 0, before, mean)
@@ -150,10 +153,10 @@ class AdamW(torch.optim.AdamW):
                 params = [p for p in group["params"] if p.grad is not None and self._is_frozen(p) == frozen]
                 states = [self._state_of(p) for p in params]
                 adamw_step(
-                    params,
-                    [p.grad for p in params],
-                    [state["exp_avg"] for state in states],
-                    [state["exp_avg_sq"] for state in states],
+                    [local(p) for p in params],
+                    [local(p.grad) for p in params if p.grad is not None],
+                    [local(state["exp_avg"]) for state in states],
+                    [local(state["exp_avg_sq"]) for state in states],
                     [state["step"] for state in states],
                     [self.decay.masks.get(p) for p in params],
                     lr=group["lr"],
@@ -188,26 +191,28 @@ class AdamW(torch.optim.AdamW):
             for weight in group["params"]:
                 state = self.state.get(weight)
                 if state and state["step"] > 0:
-                    state["exp_avg_sq"].div_(1 - group["betas"][1] ** state["step"].to(weight.device))
+                    local(state["exp_avg_sq"]).div_(1 - group["betas"][1] ** state["step"].to(weight.device))
                     state[FROZEN] = True
 
     def _watch(self) -> None:
         """Z_t of the step to come: |v_t − v_{t−1}| = (1−β₂)·|u² − v_{t−1}|, where u is what the second moment sees."""
-        watched, changes = set(self.second_moment.watched), []
+        watched, changes = set(self.second_moment.watched), {}
         for weight, group in self._stepping():
             if weight in watched and not self._is_frozen(weight):
                 state = self._state_of(weight)
                 seen = self._seen(weight, group)
-                changes.append(seen.square().float().sub_(state["exp_avg_sq"]).abs_().mul_(1 - group["betas"][1]))
+                change = seen.square().float().sub_(local(state["exp_avg_sq"])).abs_()
+                changes[weight] = change.mul_(1 - group["betas"][1])
         if changes:
             self.second_moment.record(changes, self.found_inf)
 
     def _seen(self, weight: nn.Parameter, group: dict[str, Any]) -> Tensor:
         """What the second moment of this weight sees in this step, before the decay has been applied."""
-        grad, mask, place = weight.grad, self.decay.masks.get(weight), self.decay.place_now
-        assert grad is not None
+        mask, place = self.decay.masks.get(weight), self.decay.place_now
+        assert weight.grad is not None
+        grad = local(weight.grad)
         if mask is not None and place == "momentum":
-            grad = torch.lerp(self._state_of(weight)["exp_avg"], grad, 1 - group["betas"][0])
+            grad = torch.lerp(local(self._state_of(weight)["exp_avg"]), grad, 1 - group["betas"][0])
         return grad + self.decay.term(weight, mask) if mask is not None and place in ("gradient", "momentum") else grad
 
     def _live(self) -> Tensor | float:
@@ -219,12 +224,13 @@ class AdamW(torch.optim.AdamW):
 
         u = m where the decay is not at `momentum`. A frozen v stays, and is v̂ as it is.
         """
-        state = self._state_of(weight)
+        state = {name: local(value) for name, value in self._state_of(weight).items() if isinstance(value, Tensor)}
         assert weight.grad is not None
+        grad, own = local(weight.grad), local(weight)
         live = torch.as_tensor(self._live(), device=weight.device)
         beta1, beta2 = group["betas"]
         step = state["step"] + 1
-        momentum = torch.lerp(state["exp_avg"], weight.grad, 1 - beta1)
+        momentum = torch.lerp(state["exp_avg"], grad, 1 - beta1)
         mask = self.decay.masks.get(weight) if self.decay.place_now == "momentum" else None
         update = momentum if mask is None else momentum + self.decay.term(weight, mask)
         if self._is_frozen(weight):
@@ -233,14 +239,19 @@ class AdamW(torch.optim.AdamW):
             variance = torch.lerp(state["exp_avg_sq"], update.square(), 1 - beta2)
             corrected = variance / (1 - beta2**step)
         denominator = corrected.sqrt().add_(group["eps"])
-        change = weight * (group["lr"] * group["weight_decay"]) + update / denominator * (
-            group["lr"] / (1 - beta1**step)
-        )
+        change = own * (group["lr"] * group["weight_decay"]) + update / denominator * (group["lr"] / (1 - beta1**step))
         keep = live > 0
         state["step"].copy_(torch.where(keep, step, state["step"]))
         state["exp_avg"].copy_(torch.where(keep, momentum, state["exp_avg"]))
         state["exp_avg_sq"].copy_(torch.where(keep, variance, state["exp_avg_sq"]))
-        weight.sub_(torch.where(keep, change, torch.zeros((), device=weight.device)))
+        own.sub_(torch.where(keep, change, torch.zeros((), device=weight.device)))
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
+        """Of sharded parameters, gradients and moments torch's step is given this rank's parts."""
+        complex_ones = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [local(tensor) for tensor in tensors]
+        return complex_ones
 
 
 def parameter_groups(

@@ -8,8 +8,8 @@ optimizer = AdamW(groups, 1e-3, (0.9, 0.95), 1e-8, decay=training.decay, second_
 training.prepare(0)
 for step in range(1000):
     training.at_tokens(first_token=0)
-    (loss(model) + training.penalty()).backward()
-    training.select_gradients()
+    loss(model).backward()
+    training.adjust_gradients()
     optimizer.step()
     training.prepare(step + 1)
 """

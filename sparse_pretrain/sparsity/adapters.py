@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sparse_pretrain.config import AdapterConfig
 from sparse_pretrain.errors import UserError
+from sparse_pretrain.sharding import put, whole
 from sparse_pretrain.sparsity.linear import SparseLinear, is_conv1d
 
 _FORMAT = {"format": "sparse-pretrain adapters", "format_version": "1"}
@@ -161,7 +162,7 @@ class SLoRB(Adapter):
             self.s.zero_()
             return
         pruned = weight.masked_fill(mask, 0).unflatten(1, (-1, self.group))
-        self.s.copy_(pruned.mean(-1) if self.init == "mean" else pruned.sum(-1))
+        put(self.s, pruned.mean(-1) if self.init == "mean" else pruned.sum(-1))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns what is added to the layer's output, (..., out_features)."""
@@ -222,7 +223,7 @@ def start_adapter(layer: nn.Module, adapter: LoRA | SLoRB) -> None:
     """Let the layer's adapter begin, beside its weight as it is now."""
     pruned = isinstance(layer, SparseLinear) and layer.is_sparse
     mask = layer.out_by_in(layer.mask) if isinstance(layer, SparseLinear) and pruned else None
-    adapter.start(_out_by_in(layer).detach(), mask)
+    adapter.start(whole(_out_by_in(layer).detach()), mask)
 
 
 def add_adapter(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -300,8 +301,10 @@ def unmerge_adapters(model: nn.Module) -> None:
             adapter.original = None
 
 
-def save_adapters(model: nn.Module, path: str | Path) -> None:
+def save_adapters(model: nn.Module, path: str | Path, write: bool = True) -> None:
     """Write the adapters of `model`, and nothing else of it, as one safetensors file, replaced in one piece.
+
+    Where they are sharded, every rank has to call it, and one of them with `write`.
 
     Tensors are named `LAYER.adapter.a` and so on; the metadata says kind, options and format version.
 
@@ -312,7 +315,9 @@ def save_adapters(model: nn.Module, path: str | Path) -> None:
     from safetensors.torch import save  # here: the recipes alone need no file format
 
     adapters = adapters_of(model)
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in _parameters(adapters).items()}
+    tensors = {name: whole(parameter.detach()).cpu().contiguous() for name, parameter in _parameters(adapters).items()}
+    if not write:
+        return
     content = save(tensors, metadata=_FORMAT | _common_options(adapters))
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_pretrain.config import LearnedConfig
+from sparse_pretrain.sharding import put, whole
 
 
 class LearnedMask(nn.Module):
@@ -46,9 +47,9 @@ class LearnedMask(nn.Module):
         """Draw the logits from N(0, logit_std²) and favour patterns that agree with `prior` (out_features, in_features)
         boolean: logit += (overlap − N/2)·std(logit)·prior_strength, for 2:4 an overlap of 0, 1 or 2 less 1."""
         drawn = torch.empty(self.logits.shape).normal_(0.0, self.cfg.logit_std, generator=generator)
-        self.logits.copy_(drawn)
+        drawn = drawn.to(prior.device)
         overlap = prior.reshape(*self.logits.shape[:2], -1).to(self.patterns.dtype) @ self.patterns.t()
-        self.logits.add_((overlap - self.kept / 2) * (self.logits.std() * self.cfg.prior_strength))
+        put(self.logits, drawn + (overlap - self.kept / 2) * (drawn.std() * self.cfg.prior_strength))
 
     def draw(self, progress: float, seed: int) -> None:
         """Gumbel noise of one optimizer step, and κ and τ at `progress` (0 … 1) through the sparse steps."""
@@ -57,13 +58,15 @@ class LearnedMask(nn.Module):
         generator = torch.Generator(self.noise.device).manual_seed(seed)
         self.noise.exponential_(generator=generator).log_().neg_()
 
-    def soft_mask(self) -> Tensor:
-        """The mask of this step, (out_features, in_features) float32 in [0, 1], differentiable in the logits."""
-        with torch.autocast(self.logits.device.type, enabled=False):
-            share = ((self.scale * self.logits + self.noise) / self.temperature).softmax(dim=-1)
+    def soft_mask(self, logits: Tensor | None = None) -> Tensor:
+        """The mask of this step, (out_features, in_features) float32 in [0, 1], differentiable in the logits (default:
+        its own)."""
+        logits = self.logits if logits is None else logits
+        with torch.autocast(logits.device.type, enabled=False):
+            share = ((self.scale * logits + self.noise) / self.temperature).softmax(dim=-1)
             return (share @ self.patterns).flatten(1)
 
     @torch.no_grad()
     def hard_mask(self) -> Tensor:
         """The likeliest pattern of each group: (out_features, in_features) boolean."""
-        return self.patterns[self.logits.argmax(dim=-1)].flatten(1).bool()
+        return self.patterns[whole(self.logits).argmax(dim=-1)].flatten(1).bool()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from sparse_pretrain.config import RecipeConfig
 from sparse_pretrain.limits import parse_pattern
+from sparse_pretrain.sharding import whole
 from sparse_pretrain.sparsity.learned import LearnedMask
 
 
@@ -67,6 +69,7 @@ class SparseLinear(nn.Module):
         self.mvue: MvueKey | None = None  # set by SparseTraining
         self.plan = Plan()  # dense products, until `sparsity.products` has measured
         self.product_dtype = self.weight.dtype
+        self._whole: Tensor | None = None
         self.packed: SparseWeight | None = None  # Ŵ, unless it is in the buffer `sparse_weight`
         self.register_buffer("mask", torch.empty_like(self.weight, dtype=torch.bool))
         self.register_buffer("sparse_weight", None, persistent=False)
@@ -96,6 +99,19 @@ class SparseLinear(nn.Module):
         """A matrix (out_features, in_features) in the weight's shape."""
         return matrix.t() if self.transposed else matrix
 
+    def master_weight(self) -> Tensor:
+        """`weight`, whole where it is sharded: every rank then has to ask."""
+        return whole(self.weight.detach()) if self._whole is None else self._whole
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within it a sharded weight is gathered once, and must not change."""
+        self._whole = self.master_weight()
+        try:
+            yield
+        finally:
+            self._whole = None
+
     @property
     def is_sparse(self) -> bool:
         """Whether products use the 2:4 weight (else the dense master weight)."""
@@ -111,7 +127,7 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def start(self, seed: int) -> None:
         """Choose what is chosen once, at the first sparse step: static masks, the prior of learned ones, and β."""
-        weight, mask = self.out_by_in(self.weight), self.out_by_in(self.mask)
+        weight, mask = self.out_by_in(self.master_weight()), self.out_by_in(self.mask)
         if self.scale is not None:
             self.scale.copy_(soft_threshold_scale(weight))
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same masks on every device
@@ -126,7 +142,7 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def refresh(self) -> Tensor:
         """Recompute what is not chosen once; returns how many entries of the mask changed (0-dim int64)."""
-        weight, mask = self.out_by_in(self.weight), self.out_by_in(self.mask)
+        weight, mask = self.out_by_in(self.master_weight()), self.out_by_in(self.mask)
         if self.projection.startswith("static"):
             flips = torch.zeros((), dtype=torch.int64, device=weight.device)
         elif self.learned is not None:
@@ -151,7 +167,7 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def project(self) -> None:
         """Recompute Ŵ, which is M⊙W or β·S(W), from the master weight and go on with it."""
-        weight, mask, scale = self.out_by_in(self.weight), self.out_by_in(self.mask), self.scale
+        weight, mask, scale = self.out_by_in(self.master_weight()), self.out_by_in(self.mask), self.scale
         input_mask = mask if self.input_mask is None else self.out_by_in(self.input_mask)
         if self.fp8:
             dense = ops.sparse_weight(weight, mask, scale, torch.float32)
@@ -204,7 +220,7 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def current_weight(self) -> Tensor:
         """Ŵ (out_features, in_features) of the master weight as it is now, in its dtype."""
-        weight = self.out_by_in(self.weight)
+        weight = self.out_by_in(self.master_weight())
         return ops.sparse_weight(weight, self.out_by_in(self.mask), self.scale, out=torch.empty_like(weight))
 
     def go_dense(self) -> None:
@@ -249,6 +265,11 @@ class SparseLinear(nn.Module):
         input_weight = [] if self.input_weight is None else [self.input_weight.t()]
         dense = Operand("dense", [self.sparse_weight]), Operand("dense", input_weight)
         return SparseWeight(*dense, self.plan.weight_gradient)
+
+    def release(self) -> None:
+        """Let go of the swapped layer's tensors, before those of this one are sharded; `dense_layer` sets them anew."""
+        (dense,) = self._dense
+        dense.weight = dense.bias = None  # type: ignore[assignment]
 
     def dense_layer(self) -> nn.Module:
         """The swapped layer, holding the weight that this one computes with now (in fp8: before it is quantised). An

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from sparse_pretrain.optim.adamw import MaskedDecay, SecondMoment
 from sparse_pretrain.paths import config_dir
 from sparse_pretrain.schema import load
 from sparse_pretrain.seeds import hash_seed
+from sparse_pretrain.sharding import local, part, whole
 from sparse_pretrain.sparsity.adapters import adapters_of, start_adapter
 from sparse_pretrain.sparsity.linear import SparseLinear
 from sparse_pretrain.sparsity.schedule import SPARSE, PhaseSchedule, SwitchMonitor
@@ -53,7 +55,6 @@ class SparseTraining:
     Attributes:
         started: whether the sparse phase has begun.
         decay, second_moment: for `AdamW`.
-        own_lr: parameters with a peak learning rate of their own: the logits of learned masks.
     """
 
     def __init__(
@@ -75,18 +76,15 @@ class SparseTraining:
         self.schedule = PhaseSchedule.from_config(recipe.schedule, total_steps)
         self.adapter_start = int(recipe.adapter.start * total_steps + 1e-6)  # a short run too has a last hundredth
         self.seed = seed
-        self.decay = MaskedDecay(
-            place=recipe.decay.place, masks={layer.weight: layer.mask for layer in self.layers.values()}
-        )
+        self.decay = MaskedDecay(place=recipe.decay.place, masks=self._masks())
         self.second_moment = SecondMoment(mean=recipe.schedule.switch_mean)
         self.switch: SwitchMonitor | None = None
         if recipe.schedule.dense_warmup_max is not None and self.layers:
             self.switch = SwitchMonitor(round(recipe.schedule.dense_warmup * total_steps), beta2, eps)
-        self.own_lr: dict[nn.Parameter, float] = {
-            layer.learned.logits: recipe.learned.logit_lr for layer in self.layers.values() if layer.learned is not None
-        }
-        beside = {*new_head, *self.own_lr, *(p for adapter in self.adapters.values() for p in adapter.parameters())}
-        self._frozen = [] if recipe.train_weights else [p for p in model.parameters() if p not in beside]
+        own = {p for layer in self.layers.values() if layer.learned is not None for p in layer.learned.parameters()}
+        beside = {*new_head, *own, *(p for adapter in self.adapters.values() for p in adapter.parameters())}
+        self.model = model  # its parameters become other objects when they are sharded: by name
+        self._frozen = set() if recipe.train_weights else {n for n, p in model.named_parameters() if p not in beside}
         self.step = 0
         self.started = self.adapters_started = False  # the sparse phase, the adapters: once, whatever is resumed
         self.flips: Tensor | None = None  # (layers,) int64: mask entries changed by the last refresh but the first
@@ -119,23 +117,24 @@ class SparseTraining:
             _gather_inputs(layers)
         sparse = self.schedule.phase(step) == SPARSE
         starts = sparse and not self.started
-        if starts:  # a run that goes on from another's dense phase may do so without a refresh
-            self.started = True
-            for index, layer in enumerate(layers):
-                layer.start(hash_seed(self.seed, index))
-        if starts or (refresh and self.schedule.refresh_due(step)):
-            flips = self.refresh()
-            if step and not starts:
-                self.flips = flips
-        elif refresh and not sparse and step % self.schedule.refresh_every == 0:
+        self.started |= starts  # a run that goes on from another's dense phase may start without a refresh
+        refreshes = starts or (refresh and self.schedule.refresh_due(step))
+        if refresh and not refreshes and not sparse and step % self.schedule.refresh_every == 0:
             for layer in layers:  # inputs since then are those of the next refresh
                 if layer.input_square is not None:
                     layer.input_square.zero_()
-        progress = self.schedule.progress(step)
+        progress, flips = self.schedule.progress(step), []
         for index, layer in enumerate(layers):
-            if layer.learned is not None and sparse:
-                layer.learned.draw(progress, hash_seed(self.seed, index, step))
-            layer.project() if sparse else layer.go_dense()
+            with layer.gathered() if sparse or refreshes else nullcontext():
+                if starts:
+                    layer.start(hash_seed(self.seed, index))
+                if refreshes:
+                    flips.append(layer.refresh())
+                if layer.learned is not None and sparse:
+                    layer.learned.draw(progress, hash_seed(self.seed, index, step))
+                layer.project() if sparse else layer.go_dense()
+        if flips and step and not starts:
+            self.flips = torch.stack(flips)
         self.decay.place = self.recipe.decay.place if sparse else "none"
         self.decay.factor = self._decay_factor(step) if sparse else 0.0
         self.second_moment.frozen = sparse and self.recipe.frozen_preconditioner
@@ -175,27 +174,39 @@ class SparseTraining:
         """Recompute every mask now; returns how many entries changed in each layer, (layers,) int64."""
         return torch.stack([layer.refresh() for layer in self.layers.values()])
 
-    def penalty(self) -> Tensor | float:
-        """What is added to the loss: MaskLLM's −λ(1 − t/T)·Σ‖M ⊙ W‖², a reward for masks that keep large weights."""
-        weight = self.recipe.learned.norm_weight * (1 - self.schedule.progress(self.step))
-        norms = [
-            (layer.out_by_in(layer.weight.detach()) * layer.learned.soft_mask()).square().sum()
-            for layer in self.layers.values()
-            if layer.learned is not None and layer.is_sparse and weight
-        ]
-        return -weight * torch.stack(norms).sum() if norms else 0.0
+    @property
+    def own_lr(self) -> dict[nn.Parameter, float]:
+        """Parameters with a peak learning rate of their own: the logits of learned masks."""
+        learned = (layer.learned for layer in self.layers.values())
+        return {mask.logits: self.recipe.learned.logit_lr for mask in learned if mask is not None}
 
-    def select_gradients(self) -> None:
-        """After the backward pass and before clipping: weights that are frozen now lose their gradients, and with
-        `weight_gradient=masked` pruned weights lose theirs (SLoPe: dW is pruned to the forward mask)."""
+    def adjust_gradients(self) -> None:
+        """After the backward pass (and unscaling) and before clipping: logits of learned masks get the gradient of
+        their reward, weights that are frozen now lose theirs, and with `weight_gradient=masked` pruned weights do
+        (SLoPe: dW is pruned to the forward mask)."""
+        self._reward_masks()
         sparse = self.layers and self.schedule.phase(self.step) == SPARSE
         if (sparse and self.own_lr) or self._adapters_active(self.step):  # there is something else to train
-            for parameter in self._frozen:
-                parameter.grad = None
+            for name, parameter in self.model.named_parameters():
+                if name in self._frozen:
+                    parameter.grad = None
         if sparse and self.recipe.weight_gradient == "masked":
             for layer in self.layers.values():
                 if layer.weight.grad is not None:
-                    layer.weight.grad.mul_(layer.mask)
+                    local(layer.weight.grad).mul_(self.decay.masks[layer.weight])
+
+    def _reward_masks(self) -> None:
+        """MaskLLM's −λ(1 − t/T)·Σ‖M ⊙ W‖², as if it were part of the loss: masks that keep large weights."""
+        weight = self.recipe.learned.norm_weight * (1 - self.schedule.progress(self.step))
+        for layer in self.layers.values():
+            if layer.learned is None or not layer.is_sparse or not weight:
+                continue
+            logits = whole(layer.learned.logits.detach()).requires_grad_()
+            kept = layer.out_by_in(layer.master_weight()) * layer.learned.soft_mask(logits)
+            (gradient,) = torch.autograd.grad(-weight * kept.square().sum(), logits)
+            own = layer.learned.logits
+            own.grad = torch.zeros_like(own) if own.grad is None else own.grad
+            local(own.grad).add_(part(gradient, own))
 
     def at_tokens(self, first_token: int) -> None:
         """Say which token of the global batch the next forward pass begins with (a multiple of 4): MVUE draws by
@@ -212,7 +223,11 @@ class SparseTraining:
                 for index, layer in enumerate(layers):
                     # The index as a tensor: blocks compiled from one code share their graph.
                     layer.mvue = MvueKey(self.seed, torch.tensor(index, device=device), self._counter)
-        self.decay.masks = {layer.weight: layer.mask for layer in layers}
+        self.decay.masks = self._masks()
+
+    def _masks(self) -> dict[nn.Parameter, Tensor]:
+        """Weight -> mask, of the part of each that this rank holds."""
+        return {layer.weight: part(layer.mask, layer.weight) for layer in self.layers.values()}
 
     def flip_rate(self) -> float | None:
         """Share of all mask entries changed between the last two refreshes, `recipe.schedule.refresh_every` steps

@@ -26,7 +26,7 @@ class ProductsCallback(lightning.Callback):
     def __init__(self, run_dir: Path, dtype: torch.dtype) -> None:
         self.run_dir, self.dtype = run_dir, dtype
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Task)
         if not pl_module.sparse_training.layers:
             return

@@ -11,11 +11,14 @@ import lightning
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from sparse_pretrain.config import TrainConfig
+from sparse_pretrain.models.vit import ViT
 from sparse_pretrain.optim.build import build_optimizers
 from sparse_pretrain.optim.schedules import lr_share
 from sparse_pretrain.seeds import hash_seed
+from sparse_pretrain.sharding import whole
 from sparse_pretrain.sparsity.recipe import SparseTraining
 from sparse_pretrain.sparsity.schedule import SPARSE
 from sparse_pretrain.sparsity.swap import sparsify
@@ -84,7 +87,7 @@ class Task(lightning.LightningModule):
         # of distillation losses, number of steps with a teacher.
         self.register_buffer("sums", torch.zeros(5, dtype=torch.float64), persistent=False)
         self.sums: Tensor
-        self._resumed = False
+        self._resumed = self.sharded = False
         self.forked = False  # whether the checkpoint to resume from is another run's: its masks may be out of date
 
     @staticmethod
@@ -118,13 +121,27 @@ class Task(lightning.LightningModule):
         """A step's training batch as it is learned from."""
         return batch
 
+    def configure_model(self) -> None:
+        """Under FSDP2: shard every block, then what is left. Lightning calls it on each rank, once there is a mesh."""
+        if self.device_mesh is None or self.sharded:
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.sparse_training.layers.values():
+            layer.release()
+        for block in blocks_of(self.model):
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        if isinstance(self.model, ViT):
+            register_fsdp_forward_method(self.model, "forward_heads")
+        self.sharded = True
+
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         training = self.sparse_training
         return build_optimizers(
             self.model, self.cfg.optimizer, training.decay, training.second_moment, own_lr=training.own_lr
         )
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
         if self.forked:
             self.sparse_training.adopt()
         self._prepare_step(refresh=not self._resumed)
@@ -157,18 +174,16 @@ class Task(lightning.LightningModule):
             with self._sync_gradients(last):
                 task, distillation = self.losses(part, step, first_row)
                 objective = ((1 - weight) * task + weight * distillation) * share
-                if last:  # once a step: it does not depend on the batch
-                    objective = objective + self.sparse_training.penalty()
                 self.manual_backward(objective)
             losses += torch.stack((task, distillation)).detach() * share
             first_row += batch_size(part)
         loss, distillation = self._mean_over_ranks(losses)
-        self.sparse_training.select_gradients()
 
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # fp16 only
         if scaler is not None:
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
+        self.sparse_training.adjust_gradients()
         grad_norm = clip_gradients(self.model, trainer.grad_clip)
         dropped = self.guard.check(step, loss, grad_norm, loss_scaled=scaler is not None)
         for optimizer in optimizers:
@@ -261,4 +276,4 @@ def embedding_rows(cfg_rows: int | None, vocab_size: int) -> int:
 def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     """The gradients' global 2-norm (0-dim fp32), before they are scaled to at most `max_norm`."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm)
-    return norm.float()
+    return whole(norm).float()

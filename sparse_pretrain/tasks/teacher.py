@@ -131,7 +131,7 @@ class TeacherCallback(lightning.Callback):
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Task)
         cfg = pl_module.cfg.recipe.teacher
         if not cfg.models:

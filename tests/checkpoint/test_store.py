@@ -1,17 +1,20 @@
 """Checkpoints on disk: whole or not there, and what happens when a disk damages them."""
 
 import errno
-import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 
 import pytest
 import torch
 
-from sparse_pretrain.checkpoint import store
+from sparse_pretrain.checkpoint import files, store
+from sparse_pretrain.checkpoint.saver import Saver
 from sparse_pretrain.errors import UserError
+
+DATA = "__0_0.distcp"
 
 
 def state(step: int) -> dict:
@@ -33,9 +36,9 @@ def test_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "found"),
     [
-        (lambda folder: (folder / "checkpoint.pt").write_bytes(b"short"), "bytes where the manifest says"),
-        (lambda folder: flip_bit(folder / "checkpoint.pt"), "wrong checksum"),
-        (lambda folder: (folder / "checkpoint.pt").unlink(), "no checkpoint.pt"),
+        (lambda folder: (folder / DATA).write_bytes(b"short"), "bytes where the manifest says"),
+        (lambda folder: flip_bit(folder / DATA), "wrong checksum"),
+        (lambda folder: (folder / DATA).unlink(), "no __0_0.distcp"),
         (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "unreadable manifest.json"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "unreadable manifest.json"),
@@ -63,7 +66,7 @@ def flip_bit(path):
 def test_nothing_valid(tmp_path):
     assert store.newest_valid(tmp_path / "absent") == (None, [])
     save_steps(tmp_path, 1)
-    flip_bit(store.checkpoint_folder(tmp_path, 1) / "checkpoint.pt")
+    flip_bit(store.checkpoint_folder(tmp_path, 1) / DATA)
     newest, notes = store.newest_valid(tmp_path)
     assert newest is None
     assert len(notes) == 1
@@ -71,32 +74,27 @@ def test_nothing_valid(tmp_path):
 
 def test_a_damaged_one_can_be_written_again(tmp_path):
     save_steps(tmp_path, 5)
-    flip_bit(store.checkpoint_folder(tmp_path, 5) / "checkpoint.pt")
+    flip_bit(store.checkpoint_folder(tmp_path, 5) / DATA)
     save_steps(tmp_path, 5)
     assert store.damage(store.checkpoint_folder(tmp_path, 5)) is None
 
 
 def test_prune_keeps_the_newest_and_clears_leftovers(tmp_path):
     save_steps(tmp_path, 1, 2, 3)
-    (tmp_path / ".step-00000004.123.partial").mkdir()
+    (tmp_path / ".step-00000004.partial").mkdir()
     store.prune(tmp_path, kept=2)
     assert sorted(os.listdir(tmp_path)) == ["step-00000002", "step-00000003"]
 
 
 def test_pickled_code_is_not_run(tmp_path):
     folder = store.checkpoint_folder(tmp_path, 1)
-    save_steps(tmp_path, 1)
 
     class Evil:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "pwned"),))
 
-    torch.save({"steps_done": Evil()}, folder / "checkpoint.pt")
-    content = (folder / "checkpoint.pt").read_bytes()
-    import hashlib
-
-    manifest = {"format": 1, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    store.save({"steps_done": Evil()}, folder)
+    assert not (tmp_path / "pwned").exists()
     with pytest.raises(Exception, match="weights_only|Unsupported|WeightsUnpickler"):
         store.load(folder)
     assert not (tmp_path / "pwned").exists()
@@ -108,7 +106,7 @@ def test_full_disk_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch):
     def full(self, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store._HashingWriter, "write", full)
+    monkeypatch.setattr(files._HashingStream, "write", full)
     with pytest.raises(UserError, match="no space left"):
         save_steps(tmp_path, 2)
     assert os.listdir(tmp_path) == ["step-00000001"]
@@ -152,7 +150,7 @@ def test_resolve_takes_run_folders_and_checkpoints(tmp_path):
 def test_damaged_ones_are_set_aside_and_do_not_outlive_new_ones(tmp_path):
     save_steps(tmp_path, 10, 20, 30)
     for step in (20, 30):
-        flip_bit(store.checkpoint_folder(tmp_path, step) / "checkpoint.pt")
+        flip_bit(store.checkpoint_folder(tmp_path, step) / DATA)
     notes = store.set_aside_damaged(tmp_path)
     assert len(notes) == 2
     assert store.list_steps(tmp_path) == [10]
@@ -160,3 +158,43 @@ def test_damaged_ones_are_set_aside_and_do_not_outlive_new_ones(tmp_path):
     store.prune(tmp_path, kept=1)
     assert store.list_steps(tmp_path) == [15]
     assert {path.name for path in tmp_path.glob("damaged-*")} == {"damaged-step-00000020", "damaged-step-00000030"}
+
+
+def test_what_is_saved_in_the_background_is_the_state_at_that_time(tmp_path, monkeypatch):
+    """And one is written after the other."""
+    write, going = files.write, threading.Event()
+
+    def slow(*args):
+        assert going.wait(timeout=20)
+        write(*args)
+
+    monkeypatch.setattr(files, "write", slow)
+    saver, live = Saver(kept=2, background=True), state(1)
+    saver.save(live, store.checkpoint_folder(tmp_path, 1))
+    live["weights"].zero_()
+    live["nested"][0]["none"] = "changed"
+    assert store.list_steps(tmp_path) == []
+    going.set()
+    for step in (2, 3):
+        saver.save(state(step), store.checkpoint_folder(tmp_path, step))
+    assert 1 in store.list_steps(tmp_path)
+    saved = store.load(store.checkpoint_folder(tmp_path, 1))
+    assert torch.equal(saved["weights"], state(1)["weights"])
+    assert saved["nested"] == [{"none": None}]
+    saver.wait()
+    assert store.list_steps(tmp_path) == [2, 3]
+
+
+def test_what_goes_wrong_in_the_background_is_told(tmp_path, monkeypatch):
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    saver = Saver(kept=2, background=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(files._HashingStream, "write", full)
+        saver.save(state(1), store.checkpoint_folder(tmp_path, 1))
+        with pytest.raises(UserError, match="no space left"):
+            saver.wait()
+    saver.save(state(2), store.checkpoint_folder(tmp_path, 2))
+    saver.wait()
+    assert store.list_steps(tmp_path) == [2]

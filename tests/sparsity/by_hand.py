@@ -41,8 +41,8 @@ def train_step(model, training, optimizer, step, x, y, scale=1.0):
     """One optimizer step; returns outputs and input gradient."""
     x = x.clone().requires_grad_()
     out = model["ffn"](x)
-    (scale * 0.5 * (out - y).square().sum() + training.penalty()).backward()
-    training.select_gradients()
+    (scale * 0.5 * (out - y).square().sum()).backward()
+    training.adjust_gradients()
     optimizer.step()
     optimizer.zero_grad()
     training.prepare(step + 1)

@@ -317,9 +317,9 @@ def train(model, recipe, steps=24):
     for step in range(steps):
         images, labels = batch(step)
         training.at_tokens(0)
-        loss = F.cross_entropy(model(images), labels) + training.penalty()
+        loss = F.cross_entropy(model(images), labels)
         loss.backward()
-        training.select_gradients()
+        training.adjust_gradients()
         optimizer.step()
         optimizer.zero_grad()
         training.prepare(step + 1)

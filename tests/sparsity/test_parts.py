@@ -277,7 +277,8 @@ def test_blocks_compile_into_one_graph(recipe):
             out = x
             for block in blocks:
                 out = block(out)
-            (out.square().mean() + training.penalty()).backward()
+            out.square().mean().backward()
+            training.adjust_gradients()
             outputs.append(out.detach())
             with torch.no_grad():
                 for p in model.parameters():

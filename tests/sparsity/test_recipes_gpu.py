@@ -32,8 +32,8 @@ def trained(name, device):
     for step in range(STEPS):
         out = model["ffn"]["down"](torch.relu(model["ffn"]["up"](x.to(device))))
         loss = (out - y.to(device)).square().mean()
-        (loss + training.penalty()).backward()
-        training.select_gradients()
+        loss.backward()
+        training.adjust_gradients()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

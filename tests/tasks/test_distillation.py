@@ -554,7 +554,7 @@ def test_teachers_that_do_not_fit(student, tiny, teacher_run, tmp_path):
     short = train.run(tiny("dense", "short", model__max_seq_len=8, data__seq_len=8))
     refuses(f"data.seq_len: found 16, but {short} is made for 8", recipe__teacher__models=[str(short)])
     newest = store.resolve(teacher_run, "teacher")
-    (newest / store.STATE_FILE).write_bytes(b"")
+    (newest / "__0_0.distcp").write_bytes(b"")
     refuses("recipe.teacher.models: .*a wrong|of 0 bytes", recipe__teacher__models=[str(newest)])
     train.run(student("ste", "fits", data__vocab_size=300, data__tokenizer=str(teacher_run / runs.TOKENIZER_FILE)))
 

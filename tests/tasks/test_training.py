@@ -209,7 +209,7 @@ def test_resuming_before_a_damaged_checkpoint_says_so(tiny, stop_at, tmp_path, c
         train.run(tiny("fst", "stopped", **phases()))
     stop_at(None)
     newest = store.checkpoint_folder(tmp_path / "stopped" / runs.CHECKPOINTS, 10)
-    (newest / store.STATE_FILE).write_bytes(b"")
+    (newest / "__0_0.distcp").write_bytes(b"")
     train.run(tiny("fst", "stopped", **phases()))
     assert "step-00000010 is damaged" in capsys.readouterr().err
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")

@@ -1,0 +1,146 @@
+"""FSDP2: every recipe trains as on one device, and goes on with another number of ranks."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_pretrain import crosscheck, launch, runs, train
+from sparse_pretrain.checkpoint import store
+from sparse_pretrain.errors import UserError
+from tests.tasks.test_recipe_runs import AST, MASKLLM, METRIC, SLOPE, STEP
+from tests.tasks.test_training import assert_same_run, final_state, metrics, phases
+from tests.tasks.toy_tasks import TASKS, task_config
+
+RECIPES = {
+    "dense": ("dense", {}),
+    "fst": ("fst", phases()),
+    "s_ste": ("s_ste", {}),
+    "sr_ste": ("sr_ste", phases()),
+    "step": ("step", STEP),
+    "slope": ("slope", SLOPE),
+    "maskllm": ("maskllm", MASKLLM),
+    "ast": ("ast", {**AST, "recipe__teacher__models": []}),
+    "wanda": ("ste", METRIC),
+}
+
+
+@pytest.fixture
+def train_together(monkeypatch):
+    """train_together(configs, ranks): these runs, by the same processes."""
+
+    def run(configs, ranks: int) -> None:
+        folders: list[Path] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "launch", lambda cfg, run_dir: folders.append(run_dir))
+            for cfg in configs:
+                train.run(cfg)
+        program = Path(__file__).with_name("many_runs.py")
+        assert launch.run_ranks([sys.executable, str(program), *map(str, folders)], ranks) == 0
+
+    return run
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_every_recipe_trains_as_on_one_device(tiny, tmp_path, train_together, ranks):
+    """Within rounding: gradients are summed in another order. Masks of nearly equal weights may differ then."""
+    options = {"trainer__devices": ranks, "trainer__strategy": "fsdp", "trainer__micro_batch_size": 2}
+    train_together(
+        [tiny(recipe, f"{name}-fsdp", **{**changes, **options}) for name, (recipe, changes) in RECIPES.items()], ranks
+    )
+    for name, (recipe, changes) in RECIPES.items():
+        train.run(tiny(recipe, name, **{**changes, "trainer__micro_batch_size": 2}))
+        one, many = tmp_path / name, tmp_path / f"{name}-fsdp"
+        for a, b in zip(metrics(one), metrics(many), strict=True):
+            assert a["phase"] == b["phase"], name
+            assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), rel=1e-4), name
+            assert float(a["train/grad_norm"]) == pytest.approx(float(b["train/grad_norm"]), rel=1e-2), name
+            assert a["val/loss"] == "" or float(a["val/loss"]) == pytest.approx(float(b["val/loss"]), rel=1e-4), name
+        whole, sharded = final_state(one), final_state(many)
+        assert whole["state_dict"].keys() == sharded["state_dict"].keys()
+        for key, tensor in whole["state_dict"].items():
+            if key.endswith("mask"):
+                assert (tensor == sharded["state_dict"][key]).float().mean() > 0.98, (name, key)
+        moments = zip(whole["optimizer_states"], sharded["optimizer_states"], strict=True)
+        for a, b in moments:
+            assert a["state"].keys() == b["state"].keys()
+
+
+def test_a_run_goes_on_with_other_numbers_of_ranks(tiny, tmp_path, train_together):
+    """4 -> 2 -> 1 -> 4 ranks, and from fsdp to ddp: the same data, and the losses of a run that was never stopped."""
+    train.run(tiny("fst", "whole", **phases()))
+    for devices, strategy, stop in ((4, "fsdp", 3), (2, "fsdp", 5), (1, "fsdp", 7), (4, "fsdp", 9), (2, "ddp", None)):
+        options = {"trainer__devices": devices, "trainer__strategy": strategy, "trainer__stop_after": stop}
+        cfg = tiny("fst", "moved", **phases(**options))
+        train_together([cfg], devices) if devices > 1 else train.run(cfg)
+    for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "moved"), strict=True):
+        assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), rel=1e-4)
+        assert a["phase"] == b["phase"]
+        assert a["tokens"] == b["tokens"]
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit(tiny, tmp_path, train_together):
+    options = {"trainer__devices": 2, "trainer__strategy": "fsdp"}
+    train_together([tiny("fst", "whole", **phases(**options))], 2)
+    train_together([tiny("fst", "stopped", **phases(trainer__stop_after=6, **options))], 2)
+    train_together([tiny("fst", "stopped", **phases(**options))], 2)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_each_rank_writes_its_part(tiny, tmp_path, train_together):
+    train_together([tiny("fst", trainer__devices=2, trainer__strategy="fsdp")], 2)
+    newest, _ = store.newest_valid(tmp_path / "run" / runs.CHECKPOINTS)
+    sizes = [(newest / f"__{rank}_0.distcp").stat().st_size for rank in range(2)]
+    assert min(sizes) > 0.3 * max(sizes)
+    (newest / "__1_0.distcp").unlink()
+    assert store.damage(newest) == "no __1_0.distcp"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "found"),
+    [
+        ("dense", {"optimizer__name": "muon"}, "optimizer: found muon with trainer.strategy=fsdp"),
+        (
+            "dense",
+            {"trainer__precision": "fp16", "trainer__accelerator": "gpu"},
+            "trainer.precision: found fp16 with trainer.strategy=fsdp",
+        ),
+        ("ast", AST, "recipe.teacher.models: found self with trainer.strategy=fsdp"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused(tiny, recipe, changes, found):
+    with pytest.raises(UserError, match=found):
+        crosscheck.check(tiny(recipe, trainer__devices=2, trainer__strategy="fsdp", **changes))
+
+
+def test_bf16(tiny, tmp_path, train_together):
+    cfg = tiny(
+        "fst", trainer__devices=2, trainer__strategy="fsdp", trainer__precision="bf16", **phases(trainer__steps=40)
+    )
+    train_together([cfg], 2)
+    rows = metrics(tmp_path / "run")
+    assert float(rows[-1]["train/loss"]) < float(rows[0]["train/loss"]) - 0.3
+    assert all(tensor.dtype != torch.bfloat16 for tensor in final_state(tmp_path / "run")["state_dict"].values())
+
+
+def test_checkpoints_written_beside_training_are_the_same(tiny, tmp_path, train_together):
+    options = phases(trainer__devices=2, trainer__strategy="fsdp", trainer__checkpoint_every=2)
+    train_together(
+        [tiny("fst", "at_once", **options), tiny("fst", "beside", trainer__async_checkpoints=True, **options)], 2
+    )
+    assert_same_run(tmp_path / "at_once", tmp_path / "beside")
+    assert store.list_steps(tmp_path / "beside" / runs.CHECKPOINTS) == [10, 12]
+
+
+@pytest.mark.slow
+def test_every_objective_is_learned_as_on_one_device(tmp_path, train_together):
+    options = {"trainer__steps": 4, "trainer__eval_every": 2}
+    fsdp = {"trainer__devices": 2, "trainer__strategy": "fsdp"}
+    train_together([task_config(task, tmp_path, f"{task}-fsdp", **options, **fsdp) for task in TASKS], 2)
+    for task in TASKS:
+        train.run(task_config(task, tmp_path, task, **options))
+        for a, b in zip(metrics(tmp_path / task), metrics(tmp_path / f"{task}-fsdp"), strict=True):
+            for column in ("train/loss", "train/grad_norm", "val/loss"):
+                same = a[column] == b[column] or float(a[column]) == pytest.approx(float(b[column]), rel=1e-3)
+                assert same, (task, column)
