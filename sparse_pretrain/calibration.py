@@ -87,6 +87,10 @@ def calibration(cfg: PruneConfig, trained: Trained) -> Calibration:
 
 
 def _of_text(cfg: PruneConfig, trained: Trained, seq_len: int) -> list[Batch]:
+    if not trained.tokenizer_path.is_file():
+        raise UserError(
+            "checkpoint", f"{trained.checkpoint}, which has no tokenizer.json", "a model with its tokenizer"
+        )
     files = find_files(cfg.text, "text")
     documents = [document for path in files for document in file_documents(path, "text")]
     tokenizer = load_tokenizer(trained.tokenizer_path.read_bytes(), str(trained.tokenizer_path))

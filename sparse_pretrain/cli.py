@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sparse_pretrain import config, crosscheck, schema
+from sparse_pretrain import cluster, config, crosscheck, launch, schema
 from sparse_pretrain.errors import UserError
+from sparse_pretrain.interrupt import Interrupted
 from sparse_pretrain.paths import config_dir
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ COMMANDS = {
     "compare": Command(
         config.CompareConfig, "recipes on equal budgets: each with several seeds, then table and picture"
     ),
+    "sweep": Command(
+        config.SweepConfig, "search options for the lowest validation loss: Optuna, parallel, pruned, resumable"
+    ),
+    "sweep-report": Command(config.SweepReportConfig, "a sweep's trials, best options and pictures"),
+    "plan": Command(config.PlanConfig, "memory, communication, time and cost of a run on a cluster, beforehand"),
     "prune": Command(config.PruneConfig, "prune a trained model once, layer by layer: Wanda, SparseGPT, OATS"),
     "evaluate": Command(config.EvaluateConfig, "how good a checkpoint is: perplexity, or the metrics of its task"),
     "generate": Command(config.GenerateConfig, "text from a checkpoint"),
@@ -51,6 +57,8 @@ COMMANDS = {
     "bench": Command(config.BenchConfig, "how fast 2:4 operators, layers and training steps are on this machine"),
 }
 TRAINING = ("train", "finetune")  # commands that make a run folder
+TOGETHER = ("train", "finetune", "compare", "decay-search")  # that ranks which a launcher started may run
+LAUNCHERS = ["basic", "slurm"]  # of Hydra's: the runs here, one after the other, or each as a job of a cluster
 # What `train` does without any option.
 DEFAULT_TRAIN = ["-m", "recipe=dense,ste,fst"]
 
@@ -70,12 +78,16 @@ def main(arguments: list[str] | None = None) -> None:
             return
         if name not in COMMANDS:
             raise UserError("command", name, list(COMMANDS))
-        if name == "train" and not options:
-            options = DEFAULT_TRAIN
-            print(f"no options: the same as `sparse-pretrain train {' '.join(options)}`\n", flush=True)
-        execute(name, options)
+        rank = cluster.find()
+        if rank is None or rank.ranks == 1:
+            execute(name, options)
+        elif name in TOGETHER:
+            launch.together(rank, lambda: execute(name, options))
+        else:
+            raise UserError("command", f"{name} with {rank.counted}", TOGETHER, "This one is for one process")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if cluster.tells():
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -94,11 +106,19 @@ def overview() -> str:
 
 def execute(name: str, options: list[str]) -> None:
     """Check every job of the command line, then hand it to Hydra."""
+    if name == "train" and not options:
+        options = DEFAULT_TRAIN
+        print(f"no options: the same as `sparse-pretrain train {' '.join(options)}`\n", flush=True)
     options = sorted(
         options, key=lambda option: option not in ("-m", "--multirun")
     )  # argparse wants overrides in one run
     if name == "compare":
         _compare(options)
+        return
+    if name == "sweep":
+        _sweep(options)
+        return
+    if name in TRAINING and _submits(name, options):
         return
     jobs = _preflight(name, options)
     module = COMMANDS[name].module or file_name(name)
@@ -132,6 +152,70 @@ def _compare(options: list[str]) -> None:
     _finish("train", comparison, results, failures)
 
 
+def _submits(name: str, options: list[str]) -> bool:
+    """Hand the jobs of the command line to a cluster, where `hydra/launcher` says so."""
+    dry_run = "--dry-run" in options
+    arguments = _arguments([option for option in options if option != "--dry-run"])
+    with _configs():
+        parsed = _parse(arguments.overrides)
+    chosen = [override.value() for override in parsed if override.get_key_element() == "hydra/launcher"]
+    launcher = str(chosen[-1]) if chosen else "basic"
+    if launcher not in LAUNCHERS:
+        raise UserError("hydra/launcher", launcher, LAUNCHERS)
+    if launcher == "basic":
+        if dry_run:
+            raise UserError("--dry-run", "without a job to show", "this only with hydra/launcher=slurm")
+        return False
+    if _asks_for_text(arguments):
+        return False
+    flags = ["--config-dir", str(Path(arguments.config_dir).expanduser().resolve())] if arguments.config_dir else []
+    launching = [str(override.input_line) for override in parsed if override.key_or_group.startswith("hydra")]
+    overrides = [option for option in arguments.overrides if option not in launching]
+    multirun = ["-m"] if arguments.multirun else []
+    jobs = _preflight(name, [*multirun, *flags, *overrides], elsewhere=True)
+    from hydra import compose
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from omegaconf import OmegaConf
+
+    from sparse_pretrain import submit
+
+    with _configs():
+        grid = BasicSweeper.split_arguments(_parse(overrides), max_batch_size=None)[0]
+        composed = compose(
+            file_name(name), overrides=[f"runs_dir={jobs[0].runs_dir}", *launching], return_hydra_config=True
+        )
+        settings: Any = OmegaConf.to_container(composed.hydra.launcher, resolve=True)
+    settings["dry_run"] |= dry_run
+    submit.submit([[name, *flags, *job] for job in grid], jobs[0].trainer, settings)
+    return True
+
+
+def _sweep(options: list[str]) -> None:
+    """Trials of `train`, each composed of the command line and what is suggested for it."""
+    arguments = _arguments(options)
+    if _asks_for_text(arguments):
+        _run_jobs("sweep", options, None)
+        return
+    from sparse_pretrain import sweep
+
+    if arguments.multirun:
+        raise UserError("options", "-m", "none: a sweep is many runs by itself")
+    flags = [option for option in options if option not in arguments.overrides]
+    with _configs():
+        request = sweep.parse(_parse(arguments.overrides), flags)
+    (cfg,) = _preflight("sweep", options, check=False)
+
+    def compose(overrides: list[str]) -> config.TrainConfig:
+        (trial,) = _preflight("train", [*flags, *request.shared, *overrides], check=False)
+        return trial
+
+    try:
+        sweep.run(cfg, request, compose, options)
+    except Interrupted as end:
+        print(end, file=sys.stderr)
+        sys.exit(end.exit_code)
+
+
 def _finish(name: str, command: Any, results: list[Path], failures: list[int]) -> None:
     if name in TRAINING and results:
         command.finish(results)
@@ -157,7 +241,8 @@ def _run_jobs(name: str, options: list[str], command: Any) -> tuple[list[Path], 
             exit_code = getattr(error, "exit_code", None)
             if exit_code is None:
                 raise
-            print(f"error: {error}" if isinstance(error, UserError) else error, file=sys.stderr, flush=True)
+            if str(error):
+                print(f"error: {error}" if isinstance(error, UserError) else error, file=sys.stderr, flush=True)
             failures.append(exit_code)
             if exit_code != UserError.exit_code:
                 sys.exit(exit_code)  # interrupted: not on to the next job of a grid
@@ -182,8 +267,9 @@ def _plain(cfg: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in ("experiment", "debug")}  # type: ignore[misc]
 
 
-def _preflight(name: str, options: list[str]) -> list[Any]:
-    """Compose and check every job; none if the command line asks for help, say, and not for work."""
+def _preflight(name: str, options: list[str], check: bool = True, elsewhere: bool = False) -> list[Any]:
+    """Compose every job and check it, without `check` its options one by one alone; none if the command line asks for
+    help, say, and not for work. `elsewhere` is for jobs whose ranks this process is none of."""
     from hydra import compose
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.errors import HydraException
@@ -212,8 +298,10 @@ def _preflight(name: str, options: list[str]) -> list[Any]:
             except HydraException as error:
                 raise _explain(error, expected, job) from error
             cfg: Any = schema.load(expected, _plain(composed))
-            if isinstance(cfg, config.TrainConfig):
+            if check and isinstance(cfg, config.TrainConfig):
                 crosscheck.check(cfg)
+            if check and not elsewhere and hasattr(cfg, "trainer"):
+                cluster.check(cfg.trainer)
             jobs.append(cfg)
     return jobs
 

@@ -135,7 +135,9 @@ class TrainerConfig:
     precision: str = "auto"
     grad_clip: float | None = 1.0
     accelerator: str = "auto"
-    devices: int = 1
+    devices: int = 1  # of each node
+    nodes: int = 1
+    timeout: int = 1800  # seconds that a rank waits for another one
     strategy: str = "ddp"
     log_every: int = 10
     eval_every: int = 100
@@ -143,12 +145,18 @@ class TrainerConfig:
     checkpoint_every: int = 200
     checkpoints_kept: int = 2
     async_checkpoints: bool = False
+    checkpoint_mirror: str | None = None
     compile: bool = False
     deterministic: bool = False
     stop_after: int | None = None  # end after this step as a signal would: with a checkpoint, to be continued
     backend: str = "auto"  # what computes 2:4 products; auto = the fastest that is right, measured at the start
     peak_tflops: float | None = None  # per device, for MFU; null = known devices' figure, else measured
     guard: GuardConfig = field(default_factory=GuardConfig)
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train one model together."""
+        return self.devices * self.nodes
 
 
 @dataclass
@@ -250,6 +258,21 @@ class DecaySearchConfig(TrainConfig):
     """A search for the decay factor of a training run."""
 
     search: SearchConfig = field(default_factory=SearchConfig)
+
+
+@dataclass
+class PlanConfig(TrainConfig):
+    """What a training run needs of a cluster."""
+
+    device: str = "H100"
+    memory_gb: float | None = None  # of a device; null = its data sheet's
+    overhead_gb: float = 2.0  # of it, for the driver, communication buffers and fragmentation
+    bandwidth_gbs: float | None = None  # GB/s of a device within a node, in one direction; null = its data sheet's
+    network_gbs: float | None = None  # GB/s of a device between nodes; null = its usual network's
+    utilization: float = 0.4  # of the device's peak, that dense work reaches
+    rates: str | None = None  # JSON of `sparse-pretrain bench`: what 2:4 products take
+    price_per_hour: float | None = None  # of a device; null = no cost
+    out: str | None = None  # a JSON file
 
 
 @dataclass

@@ -325,14 +325,15 @@ def _check_strategy(cfg: TrainConfig) -> None:
 
 
 def _check_batch(trainer: TrainerConfig) -> None:
-    if trainer.batch_size % trainer.devices:
-        raise UserError("trainer.batch_size", trainer.batch_size, f"a multiple of trainer.devices={trainer.devices}")
-    per_device = trainer.batch_size // trainer.devices
+    ranks = f"trainer.devices={trainer.devices}" + (f" x trainer.nodes={trainer.nodes}" if trainer.nodes > 1 else "")
+    if trainer.batch_size % trainer.ranks:
+        raise UserError("trainer.batch_size", trainer.batch_size, f"a multiple of {ranks}")
+    per_device = trainer.batch_size // trainer.ranks
     if trainer.micro_batch_size is not None and per_device % trainer.micro_batch_size:
         raise UserError(
             "trainer.micro_batch_size",
             trainer.micro_batch_size,
-            f"a divisor of the {per_device} sequences per device (trainer.batch_size / trainer.devices)",
+            f"a divisor of the {per_device} sequences per device (trainer.batch_size / {ranks})",
         )
 
 

@@ -18,6 +18,7 @@ from sparse_pretrain.data.corpus import Split
 from sparse_pretrain.data.sources import file_documents, find_files
 from sparse_pretrain.data.token_store import TokenStore
 from sparse_pretrain.data.tokenizer import encode_documents, load_tokenizer, vocab_size
+from sparse_pretrain.data.tokenizer_files import FILES, read_tokenizer
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.evaluation.acceptance import tokens_per_pass, total_acceptance
 from sparse_pretrain.evaluation.perplexity import perplexities, text_loss, windows
@@ -47,10 +48,12 @@ def run(cfg: EvaluateConfig) -> None:
     if isinstance(trained.task, CausalLM):
         shown |= evaluate_text(cfg, trained, device, autocast)
     else:
-        for option in ("text", "stride", "seq_len", "teacher"):
+        for option in ("text", "wikitext", "stride", "seq_len", "teacher"):
             if getattr(cfg, option):
                 raise UserError(
-                    option, f"set for a model of {trained.cfg.data.task}", "this only for a causal language model"
+                    option,
+                    f"set for a {trained.cfg.model.name} of data.task={trained.cfg.data.task}",
+                    "unset: it is for causal language models",
                 )
         shown |= evaluate_task(cfg, trained, autocast)
     for name, value in shown.items():
@@ -101,7 +104,7 @@ def evaluate_text(
         shown["bits per byte"] = f"{figures['bits_per_byte']:.4f}"
     if teacher is not None:
         target = load_teacher(teacher.folder, device, "teacher")
-        size = vocab_size(load_tokenizer(trained.tokenizer_path.read_bytes(), str(trained.tokenizer_path)))
+        size = vocab_size(load_tokenizer(tokenizer_json(trained), str(trained.tokenizer_path)))
         batches: Iterator[Tensor] = (batch for batch, _ in windows(tokens, seq_len, seq_len, cfg.batch_size))
         sums, count = total_acceptance(trained.model, target, batches, size, device, autocast)
         sampled, greedy = (sums / count).tolist()
@@ -119,7 +122,7 @@ def teacher_for(trained: Trained, path: str, seq_len: int) -> TeacherFolder:
         UserError: naming `teacher`: there is none, it has another tokenizer, or it is made for shorter sequences.
     """
     teacher = find_teacher(path, "teacher")
-    if not teacher.has_tokenizer(trained.tokenizer_path.read_bytes()):
+    if not teacher.has_tokenizer(tokenizer_json(trained)):
         raise UserError("teacher", f"{path}, which has another tokenizer than the checkpoint", "one with the same")
     if teacher.max_seq_len is not None and teacher.max_seq_len < seq_len:
         raise UserError(
@@ -135,12 +138,14 @@ def evaluation_tokens(cfg: EvaluateConfig, trained: Trained) -> tuple[np.ndarray
         UserError: files that are not there, or a corpus whose tokenizer is no longer the checkpoint's.
     """
     if not cfg.text:
+        if cfg.wikitext:
+            raise UserError("wikitext", "true without text", "text=[...], WikiText's files, with it")
         data = recorded_data(trained)
         assert isinstance(data, TokenStore)
         split: Split = "train" if cfg.split == "train" else "validation"
         return data.split(split), None, f"{data.manifest['name']}, {split} split"
     files = find_files(cfg.text, "text")
-    tokenizer = load_tokenizer(trained.tokenizer_path.read_bytes(), str(trained.tokenizer_path))
+    tokenizer = load_tokenizer(tokenizer_json(trained), str(trained.tokenizer_path))
     documents = [document for path in files for document in file_documents(path, "text")]
     text = "\n".join(documents)
     if cfg.wikitext:  # one text, of which nothing marks the end, as published perplexities have it
@@ -149,16 +154,39 @@ def evaluation_tokens(cfg: EvaluateConfig, trained: Trained) -> tuple[np.ndarray
     return encode_documents(tokenizer, documents, np.int64), text, ", ".join(cfg.text)
 
 
+def tokenizer_json(trained: Trained) -> bytes:
+    """The tokenizer that a model's texts are cut by, in a Hugging Face folder also from a vocab.txt or vocab.json.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = trained.tokenizer_path
+    try:
+        return read_tokenizer(path if path.is_file() else path.parent)
+    except UserError as error:
+        raise UserError(
+            "checkpoint", f"{trained.checkpoint} without a tokenizer", f"one with {' or '.join(FILES)}"
+        ) from error
+
+
 def recorded_data(trained: Trained) -> Store:
     """What a run was trained on.
 
     Raises:
-        UserError: it gives another tokenizer here than the checkpoint's.
+        UserError: it gives another tokenizer here than the checkpoint's; or this is a Hugging Face folder, which does
+            not say.
     """
     run_dir = trained.checkpoint.parent.parent
+    if not (run_dir / runs.CONFIG_FILE).is_file():
+        raise UserError(
+            "checkpoint",
+            f"{trained.checkpoint}, a Hugging Face folder, which does not say what it was trained on",
+            "a run; or for a causal language model text=[...]",
+            hint="`finetune checkpoint=FOLDER data=… epochs=1e-6 optimizer.lr=0` makes a run of it as it is",
+        )
     folder = Path(runs.read_json(run_dir / runs.RUN_FILE).get("data", ""))
     data = open_store(folder) if (folder / "manifest.json").is_file() else prepare(trained.cfg.data)
-    if data.tokenizer_path is not None and data.tokenizer_path.read_bytes() != trained.tokenizer_path.read_bytes():
+    if data.tokenizer_path is not None and data.tokenizer_path.read_bytes() != tokenizer_json(trained):
         raise UserError(
             "checkpoint",
             f"a run whose data ({trained.cfg.data.name}) give another tokenizer here",

@@ -55,7 +55,7 @@ def run(cfg: ExportConfig) -> None:
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         print(f"            {path.stat().st_size:13,} bytes  {path.relative_to(out)}")
     if cfg.format == "dense":
-        print(f'load        transformers.{source.model.config["architectures"][0]}.from_pretrained("{out}")')
+        print(f'load        transformers.{source.model.class_name}.from_pretrained("{out}")')
 
 
 @contextmanager
@@ -76,11 +76,14 @@ def write(cfg: ExportConfig, source: Source, folder: Path) -> str:
     if cfg.format == "adapters":
         if not source.adapters:
             raise UserError("format", f"adapters, but {source.text} has none", ["dense", "packed"])
-        write_adapters(folder, source.adapters, model.layers, model.config["architectures"][0])
+        write_adapters(folder, source.adapters, model.layers, model.class_name)
         return f"adapters of {len(source.adapters)} layers"
     pattern = parse_pattern(source.pattern)
-    assert pattern is not None
-    section = describe(model.tensors, model.config["model_type"], pattern, source.recipe, cfg.format == "packed")
+    if pattern is None:
+        raise UserError("checkpoint", f"{source.text} with sparsity_structure={source.pattern}", "N:M, as 2:4")
+    section = describe(
+        model.tensors, model.config.get("model_type", ""), pattern, source.recipe, cfg.format == "packed"
+    )
     if cfg.format == "packed" and (section is None or pattern != (2, 4)):
         found = f"{source.pattern}" if section is not None else "dense"
         raise UserError("format", f"packed, but the weights of {source.text} are {found}", "dense, or 2:4 weights")
@@ -92,7 +95,7 @@ def write(cfg: ExportConfig, source: Source, folder: Path) -> str:
     huggingface.save(model, folder, source.ids, _DTYPES[cfg.dtype] if cfg.dtype else None)
     if source.adapters:
         (folder / ADAPTER_FOLDER).mkdir()
-        write_adapters(folder / ADAPTER_FOLDER, source.adapters, model.layers, model.config["architectures"][0])
+        write_adapters(folder / ADAPTER_FOLDER, source.adapters, model.layers, model.class_name)
     if section is None:
         return "dense"
     share = f"{section['global_sparsity']:.1%} of all weights are zero"

@@ -13,14 +13,14 @@ from torch import nn
 
 from sparse_pretrain import runs
 from sparse_pretrain.config import ExportConfig
+from sparse_pretrain.config_data import QuestionsConfig, SentencesConfig
 from sparse_pretrain.config_models import BertConfig, HFConfig, Seq2SeqConfig, TorchvisionConfig, ViTConfig
-from sparse_pretrain.data.special_tokens import special_tokens
+from sparse_pretrain.data.special_tokens import frame, special_tokens
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.models import huggingface
-from sparse_pretrain.models.heads import TextClassifier
 from sparse_pretrain.models.huggingface.folder import read_config_file, read_safetensors, read_tensors
 from sparse_pretrain.models.huggingface.from_gguf import convert as convert_gguf
-from sparse_pretrain.models.huggingface.packed import PACKED, SECTION, dense_tensors, read_packed
+from sparse_pretrain.models.huggingface.packed import SECTION, read_weights, section_of
 from sparse_pretrain.models.huggingface.peft import LowRank, add_adapters
 from sparse_pretrain.models.huggingface.rules import Rule
 from sparse_pretrain.models.huggingface.sparsity_section import is_conv1d_architecture
@@ -69,13 +69,9 @@ def find_source(cfg: ExportConfig, scratch: Path) -> Source:
 
 def _from_folder(cfg: ExportConfig, folder: Path, name: str) -> Source:
     """A Hugging Face folder of any architecture, its files as they are, with adapters that `prune` may have left."""
-    config = read_config_file(folder, "checkpoint").values
-    model_type = config.get("model_type", "")
-    section = config.pop(SECTION, {})
-    packed = section.get("format") == PACKED
-    tensors = (
-        dense_tensors(read_packed(folder, "checkpoint"), section) if packed else read_tensors(folder, "checkpoint")
-    )
+    file = read_config_file(folder, "checkpoint")
+    model_type, section, tensors = file.get("model_type", ""), section_of(file), read_weights(file)
+    config = {name: value for name, value in file.values.items() if name != SECTION}
     model = huggingface.Converted(config, tensors, {})
     apart: dict[str, LowRank] = {}
     path = folder / runs.ADAPTER_FILE
@@ -132,6 +128,8 @@ def _from_run(cfg: ExportConfig, trained: Trained, scratch: Path) -> Source:
     names: dict[str, str] = {}
     if content is not None:
         ids, names = _special(content, trained)
+        if isinstance(trained.cfg.data, SentencesConfig | QuestionsConfig):
+            content = _framing(content)
     if isinstance(options, HFConfig):
         converted, ids = _convert_hf(model, scratch), None
     else:
@@ -229,6 +227,12 @@ def _special(content: bytes, trained: Trained) -> tuple[dict[str, Any], dict[str
     if isinstance(options, Seq2SeqConfig):
         start = tokens.fill if tokens.start is None else tokens.start
         ids |= {"decoder_start_token_id": start, "forced_eos_token_id": None, "max_length": options.max_seq_len}
-    if isinstance(options, Seq2SeqConfig) or isinstance(trained.model, TextClassifier):
         ids["pad_token_id"] = tokens.fill
     return ids, {name: str(tokenizer.id_to_token(token)) for name, token in roles.items() if token is not None}
+
+
+def _framing(content: bytes) -> bytes:
+    """The tokenizer.json that puts around texts what fine-tuning put there."""
+    tokenizer = Tokenizer.from_buffer(content)
+    frame(tokenizer)
+    return tokenizer.to_str().encode()

@@ -12,6 +12,7 @@ from sparse_pretrain import crosscheck, runs, train
 from sparse_pretrain.config import EvaluateConfig, FinetuneConfig, TrainConfig
 from sparse_pretrain.config_data import DataConfig
 from sparse_pretrain.config_models import HFConfig, ModelConfig, TransformerConfig
+from sparse_pretrain.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,33 @@ def run(cfg: FinetuneConfig, command: str = "") -> Path:
     """Train, or go on training; returns the run folder.
 
     Raises:
-        UserError, Interrupted: as `train.run` does; or there is no model at `checkpoint`.
+        UserError, Interrupted: as `train.run` does; or there is no model at `checkpoint`, or an option that it decides.
     """
     source = find_source(cfg.checkpoint)
     data = with_tokenizer(cfg.data, source)
     # checked before the data are prepared, which may take long
     crosscheck.check(training(cfg, source, data, cfg.trainer.steps))
-    from sparse_pretrain.data.build import num_examples, prepare
-
     steps = cfg.trainer.steps
     if cfg.epochs is not None:
-        steps = math.ceil(cfg.epochs * num_examples(data, prepare(data)) / cfg.trainer.batch_size)
+        steps = math.ceil(cfg.epochs * _examples(training(cfg, source, data, steps)) / cfg.trainer.batch_size)
     return train.run(training(cfg, source, data, steps), command)
+
+
+def _examples(cfg: TrainConfig) -> int:
+    """Of an epoch: what the order of a run goes through."""
+    from sparse_pretrain.data.build import data_module, prepare
+    from sparse_pretrain.tasks.sampling import sampling
+
+    module = data_module(
+        cfg.data,
+        prepare(cfg.data),
+        batch_size=cfg.trainer.batch_size,
+        seed=cfg.seed,
+        total_steps=1,
+        eval_batches=1,
+        **sampling(cfg),
+    )
+    return module.sampler.num_sequences
 
 
 def finish(run_dirs: list[Path]) -> None:
@@ -57,24 +73,32 @@ def find_source(path: str) -> Source:
         UserError: there is none.
     """
     from sparse_pretrain.checkpoint import store
+    from sparse_pretrain.data.tokenizer_files import FILES
     from sparse_pretrain.models import huggingface
 
     folder = Path(path).expanduser().absolute()
     if huggingface.is_hugging_face(folder):
-        tokenizer = folder / "tokenizer.json"
         model: ModelConfig = HFConfig(name=folder.name, path=str(folder))
         if huggingface.is_known(folder):
             model = huggingface.options(folder)
-        return Source(model, tokenizer if tokenizer.is_file() else None)
+        return Source(model, folder if any((folder / name).is_file() for name in FILES) else None)
     run_dir = store.resolve(folder, "checkpoint").parent.parent
     tokenizer = run_dir / runs.TOKENIZER_FILE
     return Source(runs.read_config(run_dir).model, tokenizer if tokenizer.is_file() else None)
 
 
 def with_tokenizer(data: DataConfig, source: Source) -> DataConfig:
-    """The data, cut into the model's own tokens."""
+    """The data, cut into the model's own tokens.
+
+    Raises:
+        UserError: they ask for other ones.
+    """
     if source.tokenizer is None or not hasattr(data, "tokenizer"):
         return data
+    if data.tokenizer not in (None, "bpe", "wordpiece"):
+        raise UserError(
+            "data.tokenizer", data.tokenizer, f"null: texts are cut as the checkpoint's were, by {source.tokenizer}"
+        )
     changes: dict[str, Any] = {"tokenizer": str(source.tokenizer)}
     return dataclasses.replace(data, **changes)
 
@@ -82,7 +106,9 @@ def with_tokenizer(data: DataConfig, source: Source) -> DataConfig:
 def training(cfg: FinetuneConfig, source: Source, data: DataConfig, steps: int) -> TrainConfig:
     """The run that `finetune` means."""
     model = source.model
-    if cfg.dropout is not None and isinstance(model, TransformerConfig):
+    if cfg.dropout is not None:
+        if not isinstance(model, TransformerConfig):
+            raise UserError("dropout", cfg.dropout, f"null with model.family={model.family}, which has no such option")
         model = dataclasses.replace(model, dropout=cfg.dropout)
     return TrainConfig(
         model=model,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from sparse_pretrain.hardware import pick_device, precision_dtype
 from sparse_pretrain.models.generation import Step, beam_search, sample
 from sparse_pretrain.models.gpt import GPT
 from sparse_pretrain.models.huggingface import is_hugging_face
+from sparse_pretrain.models.huggingface.folder import read_config_file
 from sparse_pretrain.models.seq2seq import Seq2Seq
 from sparse_pretrain.paths import cache_dir
 from sparse_pretrain.sparsity.packed import choose_backends
@@ -136,8 +136,8 @@ class Form:
         if not isinstance(trained.task, EncoderDecoder):
             return cls(tokenizer, [], [start], start, end, end, data.max_source_len - 1, False, False)
         if published:
-            config = json.loads((trained.checkpoint / "config.json").read_text())
-            start = config.get("decoder_start_token_id") or start
+            given = read_config_file(trained.checkpoint, "checkpoint").values.get("decoder_start_token_id")
+            start = start if given is None else given
         longest = data.max_source_len - len(before) - len(after)
         return cls(tokenizer, before, after, start, end, special.fill, longest, False, True)
 

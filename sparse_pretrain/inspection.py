@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,9 @@ from sparse_pretrain.diagnostics.probe import run_probe
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.evaluate import recorded_data
 from sparse_pretrain.hardware import pick_device
+from sparse_pretrain.models import huggingface
 from sparse_pretrain.models.bert import Bert
 from sparse_pretrain.models.gpt import GPT
-from sparse_pretrain.models.huggingface import is_hugging_face
 from sparse_pretrain.reporting.table import text_table
 from sparse_pretrain.sparsity.linear import SparseLinear
 from sparse_pretrain.sparsity.represent import represent
@@ -72,7 +71,7 @@ def run(cfg: InspectConfig) -> None:
     device = pick_device(cfg.accelerator, "accelerator")
     checkpoints = find(cfg)
     out = Path(cfg.out).expanduser().resolve()
-    with _writing(out):
+    with runs.writing(out, "out"):
         out.mkdir(parents=True, exist_ok=True)
     recipe = _recipe(checkpoints)
     reference = reference_weights(cfg, recipe, device)
@@ -80,14 +79,13 @@ def run(cfg: InspectConfig) -> None:
     found: list[Findings] = []
     for checkpoint in checkpoints:
         trained = load_trained(str(checkpoint.folder), device, "checkpoints")
-        check_model(trained.cfg.model, checkpoint.folder, cfg)
         if not found:
             tokens, where = probe_tokens(cfg, trained)
         print(f"{checkpoint.label}: {checkpoint.folder}", flush=True)
         found.append(examine(checkpoint.label, trained, recipe, tokens.to(device), cfg, reference))
     pairs = agreements(found)
     settings = {**dataclasses.asdict(cfg), "text": where, "mask_recipe": recipe.name, "pattern": recipe.pattern}
-    with _writing(out):
+    with runs.writing(out, "out"):
         (out / "inspect.json").write_text(json.dumps(results_json(found, pairs, settings)) + "\n", encoding="utf-8")
         write_figures(found, pairs, cfg.threshold, out)
     print(f"\n{table(found, pairs, f'{len(tokens)} sequences of {cfg.seq_len} tokens of {where}')}")
@@ -107,8 +105,9 @@ def find(cfg: InspectConfig) -> list[Checkpoint]:
     recipes: list[RecipeConfig | None] = []
     first: bytes | None = None
     for folder in folders:
-        if is_hugging_face(folder):
+        if huggingface.is_hugging_face(folder):
             run_dir = folder
+            check_model(huggingface.options(folder, "checkpoints"), folder, cfg)
             recipes.append(None)
         else:
             run_dir = folder.parent.parent
@@ -130,15 +129,11 @@ def find(cfg: InspectConfig) -> list[Checkpoint]:
 
 def _resolve(path: str) -> Path:
     folder = Path(path).expanduser().resolve()
-    return folder if is_hugging_face(folder) else store.resolve(folder, "checkpoints")
+    return folder if huggingface.is_hugging_face(folder) else store.resolve(folder, "checkpoints")
 
 
 def check_model(model: ModelConfig, folder: Path, cfg: InspectConfig) -> None:
-    """Of a Hugging Face folder only once it is loaded.
-
-    Raises:
-        UserError: it is no model of a text, or one of shorter sequences.
-    """
+    """Raises UserError if it is no model of a text, or one of shorter sequences."""
     if not isinstance(model, GPTConfig | BertConfig):
         raise UserError("checkpoints", f"{folder}, a model of family {model.family}", ["gpt", "bert"])
     if cfg.seq_len > model.max_seq_len:
@@ -179,7 +174,7 @@ def probe_tokens(cfg: InspectConfig, trained: Trained) -> tuple[Tensor, str]:
         documents = [document for path in find_files(cfg.text, "text") for document in file_documents(path, "text")]
         tokens, where = encode_documents(tokenizer, documents, np.int64), ", ".join(cfg.text)
     else:
-        data = None if is_hugging_face(trained.checkpoint) else recorded_data(trained)
+        data = None if huggingface.is_hugging_face(trained.checkpoint) else recorded_data(trained)
         if not isinstance(data, TokenStore):
             found = f"none, and {trained.checkpoint} is not of a run on a text"
             raise UserError("text", found, "files of text, as [novel.txt]")
@@ -216,9 +211,12 @@ def examine(
     """Everything about one checkpoint.
 
     Raises:
-        UserError: no layer of its blocks is sparse, or they are not those of `cfg.reference`.
+        UserError: weights are not finite, no layer of its blocks is sparse, or they are not those of `cfg.reference`.
     """
     body = body_of(trained)
+    for name, parameter in body.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError("checkpoints", f"{trained.checkpoint}, whose {name} is not finite", "finite weights")
     probe = run_probe(body, body.hidden, ((part, None) for part in tokens.split(cfg.batch_size)), cfg.threshold)
     pruned = {name: layer for name, layer in pruned_layers(body, recipe).items() if name in probe.inputs}
     if not pruned:
@@ -292,11 +290,3 @@ def table(found: Sequence[Findings], pairs: Sequence[PairAgreement], text: str) 
         ),
     ]
     return text_table([HEADER, *rows], notes)
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError("out", f"{out}, which cannot be written ({error.strerror})", "a writable folder") from error

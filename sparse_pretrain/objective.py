@@ -51,9 +51,11 @@ def objective(model: ModelConfig, data: DataConfig) -> str:
         return found
     if isinstance(model, HFConfig):
         return _hugging_face(model, data)
-    families = [family for task, family in _BY_FAMILY if task == data.task]
+    families = dict.fromkeys([family for task, family in _BY_FAMILY if task == data.task] + ["hf"])
     raise UserError(
-        "data", f"{data.name} ({data.task}), from which a {model.family} model cannot learn", f"model.family {families}"
+        "data",
+        f"{data.name} ({data.task}), from which a {model.family} model cannot learn",
+        f"data for it, or model.family {' or '.join(families)} for these",
     )
 
 

@@ -46,6 +46,10 @@ def run(cfg: PruneConfig) -> Path:
     out = Path(cfg.out).expanduser().resolve() if cfg.out else default_out(trained.checkpoint, cfg)
     task = pruned.plain_task(trained)
     layers = select_layers(task.model, method, cfg.include, cfg.exclude)
+    hugging_face = is_hugging_face(trained.checkpoint)
+    new = pruned.with_merged(trained, [name for block in layers.values() for name in block if not block[name]])
+    if hugging_face:
+        pruned.check_folder(trained.checkpoint, task.model, new)
     data = calibration(cfg, trained)
     settings = settings_of(cfg, trained.checkpoint, data)
     if is_done(out, settings):
@@ -63,8 +67,8 @@ def run(cfg: PruneConfig) -> Path:
     }
     chosen = [report.name for report in reports if not report.skipped]
     adapter = AdapterConfig(kind="lora", rank_share=facts["rank_share"]) if factors else AdapterConfig()
-    if is_hugging_face(trained.checkpoint):
-        pruned.write_folder(out, trained.checkpoint, task.model, chosen, factors, adapter)
+    if hugging_face:
+        pruned.write_folder(out, trained.checkpoint, task.model, new, factors, adapter)
     else:
         recipe = pruned.result_recipe(method.name, cfg.pattern, chosen, adapter)
         pruned.write_run(out, trained, task.model, chosen, factors, recipe, facts)
@@ -183,17 +187,23 @@ def is_done(out: Path, settings: dict[str, Any]) -> bool:
     if not there:
         if out.is_dir() and any(path.name != PARTIAL for path in out.iterdir()):
             raise UserError("out", f"{out}, which holds something else", "a new folder")
-        with runs.writing(out):
+        with runs.writing(out, "out"):
             (out / PARTIAL).mkdir(parents=True, exist_ok=True)
         runs.write_json(out / PARTIAL / SETTINGS_FILE, settings)
-    for name in settings if there else ():
-        if there.get(name) != settings[name]:
+    here, before = _by_option(settings), _by_option(there)
+    for name in here if there else ():
+        if before.get(name) != here[name]:
             raise UserError(
                 "out",
-                f"{out}, which has {name}={there.get(name)} where this has {settings[name]}",
+                f"{out}, which has {name}={before.get(name)} where this has {here[name]}",
                 "a new folder, or the same options",
             )
     return bool(result)
+
+
+def _by_option(settings: dict[str, Any]) -> dict[str, Any]:
+    flat = {name: value for name, value in settings.items() if name != "calibration"}
+    return flat | {f"calibration.{name}": value for name, value in settings.get("calibration", {}).items()}
 
 
 def totals(reports: list[LayerReport], cfg: PruneConfig, method: Method) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 import yaml
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from sparse_pretrain import runs
@@ -18,9 +19,10 @@ from sparse_pretrain.checkpoint import store
 from sparse_pretrain.config import AdapterConfig, RecipeConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.models import huggingface
-from sparse_pretrain.models.huggingface.folder import read_safetensors, write_tensors
+from sparse_pretrain.models.huggingface.folder import CONFIG, read_safetensors, write_json, write_tensors
+from sparse_pretrain.models.huggingface.packed import SECTION
 from sparse_pretrain.schema import to_dict
-from sparse_pretrain.sparsity.adapters import LoRA, attach, make_adapter, merge_adapters, save_adapters
+from sparse_pretrain.sparsity.adapters import LoRA, adapters_of, attach, make_adapter, merge_adapters, save_adapters
 from sparse_pretrain.sparsity.swap import densify
 from sparse_pretrain.tasks.build import build_task
 from sparse_pretrain.tasks.task import Task
@@ -42,6 +44,11 @@ def plain_task(trained: Trained) -> Task:
     task = build_task(dataclasses.replace(trained.cfg, recipe=RecipeConfig("dense")), trained.task.sizes)
     task.model.load_state_dict(trained.model.state_dict())
     return task.to(next(trained.model.parameters()).device).eval()
+
+
+def with_merged(trained: Trained, layers: Sequence[str]) -> list[str]:
+    """Those whose weights are new: `layers`, and the ones into which `plain_task` merged adapters."""
+    return list(dict.fromkeys([*layers, *adapters_of(trained.model)]))
 
 
 def write_run(
@@ -76,7 +83,7 @@ def write_run(
     task.on_save_checkpoint(state)
 
     source = trained.checkpoint.parent.parent
-    with runs.writing(out):
+    with runs.writing(out, "out"):
         (out / runs.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         if trained.tokenizer_path.is_file():
             shutil.copyfile(trained.tokenizer_path, out / runs.TOKENIZER_FILE)
@@ -101,15 +108,15 @@ def result_recipe(name: str, pattern: str, layers: Sequence[str], adapter: Adapt
 def write_folder(
     out: Path, source: Path, model: nn.Module, layers: Sequence[str], factors: Factors, adapter: AdapterConfig
 ) -> None:
-    """A Hugging Face folder: the files of `source` with the weights of the pruned layers in place of the old ones, in
-    the dtype of those; and the low-rank parts as `adapter.safetensors`, with the names that the layers have in `model`.
+    """A Hugging Face folder: the files of `source` with the weights of `layers` in place of the old ones, in the dtype
+    of those; and the low-rank parts as `adapter.safetensors`, with the names that the layers have in `model`. What its
+    config.json says of zeros is left out.
 
     Raises:
-        UserError: the folder cannot be written, or the files of `source` do not have these layers by their names.
+        UserError: the folder cannot be written.
     """
     new = _their_weights(source, model, layers)
-    left = set(new)
-    with runs.writing(out):
+    with runs.writing(out, "out"):
         for path in sorted(source.iterdir()):
             if not path.is_file() or any(path.match(pattern) for pattern in _OTHER_WEIGHTS):
                 continue
@@ -118,21 +125,41 @@ def write_folder(
             elif path.name != runs.ADAPTER_FILE:
                 tensors, metadata = read_safetensors(path, "checkpoint")
                 for name in tensors:
-                    found = next((key for key in left if key == name or key.endswith(f".{name}")), None)
+                    found = next((key for key in new if _is_called(key, name)), None)
                     if found is not None:
                         tensors[name] = new[found].to(tensors[name].dtype).contiguous()
-                        left.remove(found)
                 write_tensors(out / path.name, tensors, metadata)
-    if left:
-        raise UserError(
-            "checkpoint", f"{source}, whose files do not name {sorted(left)[0]}", "one that transformers saved"
-        )
+        config = runs.read_json(out / CONFIG)
+        if config.pop(SECTION, None) is not None:
+            write_json(out / CONFIG, config)
     if factors:
         for name, (u, v) in factors.items():
             layer = model.get_submodule(name)
             attach(layer, make_adapter(adapter, v.shape[1], u.shape[0]))
             set_adapter(cast(LoRA, layer.adapter), u, v)
         save_adapters(model, out / runs.ADAPTER_FILE)
+
+
+def check_folder(source: Path, model: nn.Module, layers: Sequence[str]) -> None:
+    """Whether `write_folder` can replace the weights of these layers.
+
+    Raises:
+        UserError: the files of `source` do not have them by their names.
+    """
+    there: set[str] = set()
+    for path in source.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            there |= set(file.keys())
+    for name in _their_weights(source, model, layers):
+        if not any(_is_called(name, key) for key in there):
+            raise UserError(
+                "checkpoint", f"{source}, whose files do not name {name}", "one that transformers saved, or dense"
+            )
+
+
+def _is_called(name: str, in_file: str) -> bool:
+    """Whether a tensor of a file is this one: files of a body alone lack the prefix."""
+    return name == in_file or name.endswith(f".{in_file}")
 
 
 def _their_weights(source: Path, model: nn.Module, layers: Sequence[str]) -> dict[str, Tensor]:

@@ -53,9 +53,10 @@ def _member(schema: type[C], values: dict[str, Any], prefix: str) -> type[C]:
     if families is None:
         return schema
     option = schema.family_option  # type: ignore[attr-defined]
-    if values.get(option) not in families:
-        raise UserError(f"{prefix}{option}", values.get(option, "nothing"), list(families))
-    return families[values[option]]
+    found = values.get(option, "nothing")
+    if not isinstance(found, str) or found not in families:
+        raise UserError(f"{prefix}{option}", found, list(families))
+    return families[found]
 
 
 def _convert(hint: Any, value: Any, option: str) -> Any:

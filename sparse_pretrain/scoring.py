@@ -51,6 +51,9 @@ def score(
         UserError: a metric needs a package that is not installed.
     """
     task, cfg = trained.task, trained.cfg
+    generates = isinstance(task, EncoderDecoder | ConditionalLM) and isinstance(task.model, GPT | Seq2Seq)
+    if generates:
+        generation.check_installed()
     module = data_module(
         cfg.data,
         data,
@@ -78,7 +81,7 @@ def score(
     elif isinstance(task, QuestionAnswering):
         assert isinstance(data, ExampleStore)
         scores |= answer_scores(task, data, loader(), autocast)
-    elif isinstance(task, EncoderDecoder | ConditionalLM) and isinstance(task.model, GPT | Seq2Seq):
+    elif generates:
         assert isinstance(data, ExampleStore)
         scores |= generation_scores(trained, data, batch_size, batches, beams, autocast)
     else:
@@ -132,8 +135,9 @@ def answer_scores(task: QuestionAnswering, data: ExampleStore, batches: Iterable
 def generation_scores(
     trained: Trained, data: ExampleStore, batch_size: int, batches: int | None, beams: int, autocast: Autocast
 ) -> Scores:
-    """Metrics of the texts generated from each distinct source, against all its references."""
-    wanted = to_generate(data)[: None if batches is None else batches * batch_size]
+    """Metrics of the texts generated from each source, against all its references."""
+    assert isinstance(trained.cfg.data, PairsConfig)
+    wanted = to_generate(trained.cfg.data, data)[: None if batches is None else batches * batch_size]
     references = [item.references for item in wanted]
     with autocast():
         texts = list(generate(trained, data, [item.index for item in wanted], batch_size, beams))

@@ -41,11 +41,9 @@ def run(cfg: SparsestConfig) -> Path:
     check(cfg)
     device = pick_device(cfg.accelerator, "accelerator")
     out = resolve_out(cfg)
-    try:
+    with runs.writing(out, "out"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError("out", f"{out}, which cannot be written ({error.strerror})", "a folder") from error
-    with runs.locked(out), runs.writing(out):
+    with runs.locked(out), runs.writing(out, "out"):
         check_same_settings(cfg, out)
         lab, start = Lab(cfg, out / TRIALS_FILE, device), time.perf_counter()
         known = len(lab.outcomes)
@@ -90,8 +88,8 @@ def check(cfg: SparsestConfig) -> None:
     for option, values in lists.items():
         if not values:
             raise UserError(option, "none", "one or more")
-    if cfg.training.batch_size > cfg.points // 2:
-        raise UserError("training.batch_size", cfg.training.batch_size, f"at most half of points={cfg.points}")
+    if cfg.training.batch_size > cfg.points // 4:  # in fewer steps there is no place for what prunes while training
+        raise UserError("training.batch_size", cfg.training.batch_size, f"at most a quarter of points={cfg.points}")
     if len(cfg.search.structure) not in (0, 3):
         raise UserError("search.structure", cfg.search.structure, "three numbers of neurons, as [3,3,3], or []")
     for pattern in cfg.pruning.patterns:

@@ -34,10 +34,19 @@ def run(cfg: TrainConfig, command: str = "") -> Path:
         preflight.check_layers(cfg)
         preflight.check_adapter(cfg)
         from sparse_pretrain.checkpoint import store
+        from sparse_pretrain.checkpoint.mirror import Mirror
         from sparse_pretrain.data.build import prepare
         from sparse_pretrain.tasks.task import Sizes
 
         continues = bool(store.list_steps(run_dir / runs.CHECKPOINTS))
+        url = cfg.trainer.checkpoint_mirror
+        mirror = None if url is None else Mirror(url, run_dir.name)
+        if mirror is not None and not continues:
+            with runs.writing(run_dir):
+                fetched = mirror.fetch(run_dir)
+            if fetched is not None:
+                print(f"{run_dir.name}: {fetched.name} fetched from {url}")
+            continues = fetched is not None
         source = None if continues or cfg.resume in ("auto", "never") else preflight.check_resume(cfg)
         start = None if continues or cfg.init_from is None else preflight.check_init(cfg)
         teachers = preflight.check_teacher(cfg, run_dir)

@@ -5,14 +5,15 @@ Started in-process by `launch`, or on each rank as `python -m sparse_pretrain.wo
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
 import platform
 import sys
+import traceback
 import warnings
 from dataclasses import asdict
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from sparse_pretrain import runs
+from sparse_pretrain import cluster, runs
 from sparse_pretrain.checkpoint import store
 from sparse_pretrain.checkpoint.callback import AtomicCheckpointIO, CheckpointCallback
+from sparse_pretrain.checkpoint.mirror import Mirror
 from sparse_pretrain.checkpoint.saver import Saver
 from sparse_pretrain.checkpoint.strategy import ShardedStrategy
 from sparse_pretrain.config import TrainConfig
@@ -83,11 +86,12 @@ def run(run_dir: Path) -> None:
     module.rows = count.rows
     peak, peak_source = (cfg.trainer.peak_tflops, "given") if cfg.trainer.peak_tflops else peak_tflops(device, dtype)
     identifier = runs.run_id(run_dir)
-    saver = Saver(cfg.trainer.checkpoints_kept, cfg.trainer.async_checkpoints)
+    mirror = cfg.trainer.checkpoint_mirror and Mirror(cfg.trainer.checkpoint_mirror, run_dir.name)
+    saver = Saver(cfg.trainer.checkpoints_kept, cfg.trainer.async_checkpoints, mirror or None)
     callbacks = [
         TeacherCallback(run_dir),
         ProductsCallback(run_dir, dtype),
-        MetricsCallback(run_dir, count.flop_per_token, peak * 1e12 * cfg.trainer.devices),
+        MetricsCallback(run_dir, count.flop_per_token, peak * 1e12 * cfg.trainer.ranks),
         CheckpointCallback(
             run_dir / runs.CHECKPOINTS,
             saver,
@@ -100,8 +104,14 @@ def run(run_dir: Path) -> None:
     trainer = lightning.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=cfg.trainer.devices,
+        num_nodes=cfg.trainer.nodes,
         strategy=make_strategy(cfg, training, saver),
-        plugins=[AtomicCheckpointIO(saver), precision_plugin(dtype, device)],
+        plugins=[
+            AtomicCheckpointIO(saver),
+            precision_plugin(dtype, device),
+            # named, or Lightning would take the variables of a SLURM job for those of its ranks
+            TorchElasticEnvironment() if cfg.trainer.ranks > 1 else LightningEnvironment(),
+        ],
         callbacks=callbacks,
         logger=False,
         max_epochs=1,
@@ -155,14 +165,17 @@ def run(run_dir: Path) -> None:
 
 def make_strategy(cfg: TrainConfig, training: SparseTraining, saver: Saver) -> Strategy | str:
     """How the ranks of a run work together."""
-    if cfg.trainer.devices == 1:
+    if cfg.trainer.ranks == 1:
         return "auto"
+    timeout = timedelta(seconds=cfg.trainer.timeout)
     if cfg.trainer.strategy == "fsdp":
-        return ShardedStrategy(saver, data_parallel_size=cfg.trainer.devices, tensor_parallel_size=1)
+        return ShardedStrategy(saver, timeout, data_parallel_size=cfg.trainer.ranks, tensor_parallel_size=1)
     # Masks and guards are the same on all ranks, being functions of the same weights, losses and norms: sending them
     # (and Ŵ) round before each step would cost half as much as the gradients. Adapters and the logits of masks have no
     # gradient in some phases.
-    return DDPStrategy(broadcast_buffers=False, find_unused_parameters=bool(training.adapters or training.own_lr))
+    return DDPStrategy(
+        timeout=timeout, broadcast_buffers=False, find_unused_parameters=bool(training.adapters or training.own_lr)
+    )
 
 
 def find_checkpoint(cfg: TrainConfig, run_dir: Path) -> Path | None:
@@ -276,16 +289,23 @@ def quiet_lightning() -> None:
 
 
 def main() -> None:
+    """Exits as `sparse-pretrain train`; with `cluster.LOST` when other ranks do not answer, which `launch` tells."""
+    exit_code = 0
     try:
         with before_the_first_step():
             run(Path(sys.argv[1]))
+        return
     except (UserError, Interrupted) as end:
-        if os.environ.get("RANK", "0") == "0":  # it is the same on every rank: told once
-            print(f"error: {end}" if isinstance(end, UserError) else end, file=sys.stderr)
-        if torch.distributed.is_initialized():  # its threads would abort the process as it exits
-            with contextlib.suppress(RuntimeError):
-                torch.distributed.destroy_process_group()
-        sys.exit(end.exit_code)
+        exit_code = end.exit_code
+        if cluster.communication_error(end) is not None:
+            exit_code = cluster.LOST
+        else:
+            cluster.last_words(f"error: {end}" if isinstance(end, UserError) else str(end))
+    except Exception as error:
+        exit_code = cluster.LOST if cluster.communication_error(error) is not None else 1
+        if exit_code == 1:
+            traceback.print_exc()
+    cluster.exit_now(exit_code)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,8 @@ def test_recipes_say_what_differs_from_the_defaults():
 def test_every_command_lists_every_option(name):
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         listed = cli._plain(compose(cli.file_name(name)))
+    if "hparams_search" in listed:
+        listed["hparams_search"] = "the options of train"
     expected = set(schema.options(cli.COMMANDS[name].schema))
     for group, family in (("model", ModelConfig), ("data", DataConfig)):
         if group in listed:

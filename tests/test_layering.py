@@ -34,6 +34,7 @@ ALLOWED = {
     "loggers": ["config", "runs"],
     "reporting": ["config", "schema", "errors", "runs"],
     "worker": [
+        "cluster",
         "interrupt",
         "objective",
         "config",
@@ -49,7 +50,8 @@ ALLOWED = {
         "sparsity",
         "tasks",
     ],
-    "launch": ["config", "interrupt", "worker"],
+    "cluster": ["config", "errors"],
+    "launch": ["cluster", "config", "errors", "interrupt", "worker"],
     "crosscheck": ["config", "config_models", "config_data", "errors", "limits", "objective"],
     "preflight": [
         "models",
@@ -98,6 +100,12 @@ ALLOWED = {
     ],
     "decay_search": ["crosscheck", "config", "schema", "preflight", "runs", "factor_search", "train"],
     "compare": ["config", "errors", "paths", "runs", "train", "reporting"],
+    "sweeping": ["cluster", "config", "errors", "interrupt", "runs", "schema", "train", "reporting"],
+    "sweep": [
+        *("config", "crosscheck", "data", "errors", "hardware", "interrupt", "preflight", "runs", "train"),
+        *("sweeping", "sweep_report"),
+    ],
+    "sweep_report": ["config", "runs", "reporting", "sweep", "sweeping"],
     "scoring": ["config_data", "data", "errors", "evaluation", "models", "tasks"],
     "evaluate": [
         "scoring",
@@ -133,7 +141,8 @@ ALLOWED = {
     "bench": ["config", "errors", "hardware", "paths"],
     "exposition": ["config", "errors", "limits", "reporting", "seeds", "sparse24"],
     "sparsest": ["config", "errors", "exposition", "hardware", "limits", "reporting", "runs"],
-    "cli": ["config", "schema", "crosscheck", "errors", "paths", "compare"],
+    "submit": ["config", "errors"],
+    "cli": ["cluster", "config", "launch", "submit", "schema", "crosscheck", "errors", "paths", "compare", "interrupt", "sweep"],
 }
 NEVER_IN_SPARSE24 = ("lightning", "hydra", "omegaconf", "transformers", "sparse_pretrain")
 

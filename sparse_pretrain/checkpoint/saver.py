@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_pretrain.checkpoint import store
+from sparse_pretrain.checkpoint.mirror import Mirror
 
 
 class Saver:
@@ -17,12 +18,13 @@ class Saver:
 
     Args:
         kept: how many stay.
+        mirror: gets a copy of each.
         background: whether `save` returns as soon as the state is copied, to the CPU. What goes wrong then is raised by
             the next `save` or `wait`.
     """
 
-    def __init__(self, kept: int, background: bool = False) -> None:
-        self.kept = kept
+    def __init__(self, kept: int, background: bool = False, mirror: Mirror | None = None) -> None:
+        self.kept, self.mirror = kept, mirror
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._pending: Future[None] | None = None
         self._group: Any = None
@@ -48,6 +50,8 @@ class Saver:
         store.save(state, folder, together, self._group)
         if not together or torch.distributed.get_rank() == 0:
             store.prune(folder.parent, self.kept)
+            if self.mirror is not None:
+                self.mirror.upload(folder, self.kept)
 
     def wait(self) -> None:
         """Until everything is written."""

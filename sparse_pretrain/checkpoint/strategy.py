@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ class ShardedStrategy(ModelParallelStrategy):
     continue on another number of devices and with another strategy.
     """
 
-    def __init__(self, saver: Saver, **sizes: int) -> None:
-        super().__init__(**sizes)  # type: ignore[arg-type]
+    def __init__(self, saver: Saver, timeout: timedelta, **sizes: int) -> None:
+        super().__init__(timeout=timeout, **sizes)  # type: ignore[arg-type]
         self.saver = saver
 
     @property

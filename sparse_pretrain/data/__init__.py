@@ -5,7 +5,6 @@ Everything outside uses `sparse_pretrain.data.build`:
     Store = TokenStore | ExampleStore
     prepare(cfg: DataConfig) -> Store
     open_store(folder: Path) -> Store          # a prepared one, as `store.folder`
-    num_examples(cfg: DataConfig, store: Store) -> int             # of the train split; of a corpus its sequences
     data_module(
         cfg: DataConfig, store: Store, *,
         batch_size: int, seed: int, total_steps: int, eval_batches: int,
@@ -20,6 +19,6 @@ also has `num_examples(split)`, `num_classes` (None where there are none; 1 for 
 `questions`).
 
 A StepDataModule has `train_dataloader()` and `val_dataloader()` (StepLoaders; rank and device are the trainer's),
-`validation_loader(rank=0, world_size=1)` (without a trainer) and `sampler.rank_indices(step, rank, world_size)`. Which
-batches come out is in `sparse_pretrain.data.batches`.
+`validation_loader(rank=0, world_size=1)` (without a trainer), `sampler.rank_indices(step, rank, world_size)` and
+`sampler.num_sequences`, of an epoch. Which batches come out is in `sparse_pretrain.data.batches`.
 """

@@ -13,7 +13,7 @@ import numpy as np
 from sparse_pretrain.data import huggingface
 from sparse_pretrain.data.files import remembered_sha256
 from sparse_pretrain.data.idx import idx_array
-from sparse_pretrain.data.sources import find_files
+from sparse_pretrain.data.sources import UNREADABLE, find_files
 from sparse_pretrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _folder_album(paths: list[Path], option: str, limit: int | None) -> Album:
     for path in paths:
         try:
             names = _image_names(path)
-        except (OSError, zipfile.BadZipFile) as error:
+        except (*UNREADABLE, zipfile.BadZipFile) as error:
             raise UserError(option, f"{path}, which cannot be read ({error})", FILES) from error
         if not names:
             raise UserError(option, f"{path} without images in folders", FILES)
@@ -109,7 +109,7 @@ def _folder_album(paths: list[Path], option: str, limit: int | None) -> Album:
                 path, name = found[i]
                 content = archives[path].read(name) if path in archives else (path / name).read_bytes()
                 yield Picture(f"{path}/{name}", content, Path(name).parent.name)
-        except (OSError, zipfile.BadZipFile) as error:
+        except (*UNREADABLE, zipfile.BadZipFile) as error:
             raise UserError(option, f"{path}, which cannot be read ({error})", FILES) from error
         finally:
             for archive in archives.values():

@@ -60,14 +60,6 @@ def open_store(folder: Path) -> Store:
     return ExampleStore.open(folder) if kind == KIND else TokenStore.open(folder)
 
 
-def num_examples(cfg: DataConfig, store: Store) -> int:
-    """Of the train split: sequences of a corpus."""
-    if isinstance(store, TokenStore):
-        assert isinstance(cfg, TextConfig)
-        return (store.num_tokens("train") - 1) // cfg.seq_len
-    return store.num_examples("train")
-
-
 def data_module(
     cfg: DataConfig,
     store: Store,

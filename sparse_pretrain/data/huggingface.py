@@ -104,6 +104,10 @@ def load(
         return datasets.load_dataset(path, cfg.hf_config, split=split, revision=revision, streaming=streaming)
     except (ConnectionError, FileNotFoundError) as error:
         raise _unreachable(cfg, error) from error
+    except datasets.exceptions.DatasetsError as error:  # its files hold something else
+        raise UserError(
+            "data.hf_path", cfg.hf_path, "a dataset that `datasets` can load", str(error.__cause__ or error)
+        ) from error
     except RuntimeError as error:  # a dataset that needs code of its own, which is never run
         raise UserError("data.hf_path", cfg.hf_path, "a dataset of data files", str(error)) from error
     except ValueError as error:  # says which splits or configs there are

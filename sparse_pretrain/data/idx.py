@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sparse_pretrain.data.sources import UNREADABLE
 from sparse_pretrain.errors import UserError
 
 BYTES = 8  # the type code of unsigned bytes
@@ -21,7 +22,7 @@ def idx_array(path: Path, option: str) -> np.ndarray:
     allowed = "an idx file of unsigned bytes, as MNIST's, plain or .gz"
     try:
         content = (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes())
-    except (OSError, EOFError) as error:
+    except UNREADABLE as error:
         raise UserError(option, f"{path}, which cannot be read ({error})", allowed) from error
     dimensions = content[3] if len(content) >= 4 else 0
     start = 4 + 4 * dimensions

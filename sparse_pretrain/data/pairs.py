@@ -14,7 +14,9 @@ from sparse_pretrain.data import wikisql
 from sparse_pretrain.data.corpus import Corpus, Split, digest_of
 from sparse_pretrain.data.example_store import Column, Entries, ExampleStore, Plan
 from sparse_pretrain.data.example_store import prepare as prepare_store
+from sparse_pretrain.data.files import remembered_sha256
 from sparse_pretrain.data.rows import Row, json_rows, lines, open_rows, table_rows, text
+from sparse_pretrain.data.sources import find_files
 from sparse_pretrain.data.special_tokens import end_of_text_id, special_tokens
 from sparse_pretrain.data.tokenizer import load_tokenizer, token_dtype, tokenizer_json
 from sparse_pretrain.errors import UserError
@@ -49,6 +51,7 @@ def prepare(cfg: PairsConfig) -> ExampleStore:
         "version": VERSION,
         **rows.settings,
         "columns": "wikisql" if cfg.format == "wikisql" else [cfg.format, cfg.source_column, cfg.target_column],
+        **({"tables": _tables_of_wikisql(cfg)} if cfg.format == "wikisql" and rows.from_files else {}),
     }
     corpus = Corpus(digest_of(settings), lambda: ((split, side) for split, pair in pairs() for side in pair))
     content = tokenizer_json(cfg, corpus)
@@ -82,7 +85,7 @@ def prepare(cfg: PairsConfig) -> ExampleStore:
 class ToGenerate:
     """A source of the validation split with all that was written for it.
 
-    index: of the first example with this source.
+    index: of the (first) example with this source.
     """
 
     index: int
@@ -90,13 +93,15 @@ class ToGenerate:
     references: list[str]
 
 
-def to_generate(store: ExampleStore) -> list[ToGenerate]:
-    """The distinct sources of the validation split, in the order in which they first appear."""
+def to_generate(cfg: PairsConfig, store: ExampleStore) -> list[ToGenerate]:
+    """The distinct sources of the validation split, in the order in which they first appear; of parallel texts
+    (data.format=lines) all of them, as scores of translations are defined."""
     texts = store.column("validation", "text")
-    found: dict[str, ToGenerate] = {}
+    found: dict[str | int, ToGenerate] = {}
     for index in range(len(texts)):
         pair = texts[index]
-        found.setdefault(pair["source"], ToGenerate(index, pair["source"], [])).references.append(pair["target"])
+        key = index if cfg.format == "lines" else pair["source"]
+        found.setdefault(key, ToGenerate(index, pair["source"], [])).references.append(pair["target"])
     return list(found.values())
 
 
@@ -119,6 +124,16 @@ def _frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     encoding = tokenizer.encode("a")
     own = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
     return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
+
+
+def _tables_of_wikisql(cfg: PairsConfig) -> list[str]:
+    """What identifies the tables beside its files."""
+    options = {"data.train": cfg.train, "data.validation": cfg.validation}
+    return [
+        remembered_sha256(wikisql.tables_of(path, option))
+        for option, entries in options.items()
+        for path in find_files(entries, option)
+    ]
 
 
 def _as_pair(cfg: PairsConfig, from_files: bool) -> Callable[[Row], Pair]:

@@ -14,7 +14,7 @@ from tokenizers import Encoding, Tokenizer
 from sparse_pretrain.data.corpus import Split
 from sparse_pretrain.data.example_store import Column, Entries, ExampleStore, Plan
 from sparse_pretrain.data.example_store import prepare as prepare_store
-from sparse_pretrain.data.rows import Row, Rows, lines, open_rows
+from sparse_pretrain.data.rows import Row, Rows, lines, open_rows, text
 from sparse_pretrain.data.special_tokens import frame, special_tokens
 from sparse_pretrain.data.tokenizer import given_tokenizer_json, load_tokenizer, token_dtype
 from sparse_pretrain.errors import UserError
@@ -121,9 +121,9 @@ def squad_rows(paths: list[Path], option: str) -> Iterator[Row]:
 
 
 def _windows(cfg: QuestionsConfig, rows: Rows, tokenizer: Tokenizer) -> Iterator[tuple[Split, Entries]]:
-    option = "data.train" if rows.from_files else "data.hf_path"
     made = 0  # windows of validation
-    for split, row in rows.split(lambda row: row["context"]):  # a context's questions together
+    for split, row in rows.split(lambda row: text(row, "context", rows.option("train"))):  # a context's together
+        option = rows.option(split)
         try:
             question, context = row["question"].lstrip(), row["context"]
             texts, starts = row["answers"]["text"], row["answers"]["answer_start"]
@@ -132,8 +132,8 @@ def _windows(cfg: QuestionsConfig, rows: Rows, tokenizer: Tokenizer) -> Iterator
                     raise UserError(
                         option, f"question {row['id']}: {answer!r} is not at {start} of its context", ALLOWED
                     )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(option, f"a row without {error}", ALLOWED) from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(option, f"a row of another form ({error!r})", ALLOWED) from error
         if not texts:
             raise UserError(option, f"question {row['id']} without an answer", "answers to all questions (SQuAD v1.1)")
         tokenizer.no_truncation()

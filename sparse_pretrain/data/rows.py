@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import lzma
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sparse_pretrain.data import huggingface
 from sparse_pretrain.data.corpus import Split, is_held_out
 from sparse_pretrain.data.files import remembered_sha256
-from sparse_pretrain.data.sources import DECOMPRESS, find_files
+from sparse_pretrain.data.sources import DECOMPRESS, UNREADABLE, find_files
 from sparse_pretrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +41,12 @@ class Rows:
     read: Callable[[Split], Iterator[Row]]
     held_out: bool
     share: float
+
+    def option(self, split: Split) -> str:
+        """Which the rows of a split come from, for messages."""
+        if not self.from_files:
+            return "data.hf_path"
+        return "data.train" if self.held_out else f"data.{split}"
 
     def split(self, key: Callable[[Row], str]) -> Iterator[tuple[Split, Row]]:
         """All rows with their splits. Those to hold out are chosen by the hash of `key`: whatever the order, and rows
@@ -135,7 +140,7 @@ def lines(path: Path, option: str) -> Iterator[str]:
             f"{path}, which is not UTF-8 ({error.reason} at byte {error.start})",
             "UTF-8 text, plain or .gz or .xz",
         ) from error
-    except (lzma.LZMAError, EOFError, OSError) as error:
+    except UNREADABLE as error:
         raise UserError(option, f"{path}, which cannot be read ({error})", "UTF-8 text, plain or .gz or .xz") from error
 
 

@@ -104,13 +104,15 @@ def prepare(cfg: SentencesConfig) -> ExampleStore:
 
 
 def _encoded(task: GlueTask, rows: Rows, tokenizer: Tokenizer) -> Iterator[tuple[Split, Entries]]:
-    option = "data.train" if rows.from_files else "data.hf_path"
-    examples = rows.split(lambda row: "\n".join(text(row, column, option) for column in task.columns))
+    def texts_of(row: Row, split: Split) -> tuple[str, ...]:
+        return tuple(text(row, column, rows.option(split)) for column in task.columns)
+
+    examples = rows.split(lambda row: "\n".join(texts_of(row, "train")))
     while chunk := list(itertools.islice(examples, CHUNK)):
-        texts: list[Any] = [tuple(text(row, column, option) for column in task.columns) for _, row in chunk]
+        texts: list[Any] = [texts_of(row, split) for split, row in chunk]
         encodings = tokenizer.encode_batch(texts if len(task.columns) == 2 else [text for (text,) in texts])
         for (split, row), encoding in zip(chunk, encodings, strict=True):
-            label = label_of(task, value(row, "label", option), option)
+            label = label_of(task, value(row, "label", rows.option(split)), rows.option(split))
             yield split, {"label": label, "tokens": encoding.ids, "token_types": encoding.type_ids}
 
 
@@ -127,8 +129,8 @@ def label_of(task: GlueTask, found: Any, option: str) -> int | float:
                 return score
         elif found in task.labels:
             return task.labels.index(found)
-        elif 0 <= int(found) < len(task.labels):
-            return int(found)
+        elif float(found) in range(len(task.labels)):
+            return int(float(found))
     except (TypeError, ValueError):
         pass
     allowed = f"a score from {SCORES[0]:g} to {SCORES[1]:g}" if not task.labels else list(task.labels)
@@ -155,7 +157,8 @@ def _file_rows(task: GlueTask, name: str, paths: list[Path], option: str) -> Ite
             if len(first) == len(task.headerless):
                 names.update(zip(task.in_files, ours, strict=True))
                 return list(task.headerless)
-            wanted = f"the columns {', '.join(task.in_files)}, or {', '.join(ours)}, by tabs in a .tsv, else by commas"
+            either = " or ".join(dict.fromkeys(", ".join(names) for names in (task.in_files, ours)))
+            wanted = f"the columns {either}, by tabs in a .tsv, else by commas"
             raise UserError(option, f"{path} with the columns {', '.join(first)[:200]}", f"{name}: {wanted}")
 
         for row in table_rows(path, option, header):

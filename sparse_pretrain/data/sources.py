@@ -10,6 +10,7 @@ import itertools
 import lzma
 import re
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -94,6 +95,7 @@ def stdlib_documents(root: Path) -> Iterator[Document]:
 # What is read in folders; a file named in full, or by a glob, may have any suffix.
 TEXT_SUFFIXES = (".txt", ".md", ".tokens")
 DECOMPRESS = {".gz": gzip.open, ".xz": lzma.open}
+UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)  # what reading a file that is not there or damaged raises
 MAX_DOCUMENT = 8_000_000  # characters; a longer document is read as several, cut at paragraph borders
 
 
@@ -205,7 +207,7 @@ def file_documents(path: Path, option: str) -> Iterator[Document]:
             f"{path}, which is not UTF-8 ({error.reason} at byte {error.start})",
             "UTF-8 text, plain or .gz or .xz",
         ) from error
-    except (lzma.LZMAError, EOFError, OSError) as error:
+    except UNREADABLE as error:
         raise UserError(option, f"{path}, which cannot be read ({error})", "UTF-8 text, plain or .gz or .xz") from error
     text = "".join(lines)
     if text.strip():

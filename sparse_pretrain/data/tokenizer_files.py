@@ -17,6 +17,9 @@ ALLOWED = (
 )
 
 
+FILES = ("tokenizer.json", "vocab.txt", "vocab.json")  # in a folder; the first that is there counts
+
+
 def read_tokenizer(path: Path) -> bytes:
     """The tokenizer.json that the file or folder `path` amounts to.
 
@@ -24,7 +27,7 @@ def read_tokenizer(path: Path) -> bytes:
         UserError: naming data.tokenizer, if it is not there or not the files of a tokenizer.
     """
     if path.is_dir():
-        for name in ("tokenizer.json", "vocab.txt", "vocab.json"):
+        for name in FILES:
             if (path / name).is_file():
                 return read_tokenizer(path / name)
     if not path.is_file():

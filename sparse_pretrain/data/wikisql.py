@@ -21,16 +21,26 @@ def wikisql_rows(paths: list[Path], option: str) -> Iterator[Row]:
         UserError: naming `option`, if a file is not of that format or its tables are not there.
     """
     for path in paths:
-        name = path.name.partition(".jsonl")
-        tables = path.with_name(f"{name[0]}.tables.jsonl{name[2]}")
-        if not name[1] or not tables.is_file():
-            raise UserError(option, f"{path}, without {tables.name} beside it", ALLOWED)
+        tables = tables_of(path, option)
         try:
             headers = {table["id"]: table["header"] for table in json_rows(tables, option)}
             for row in json_rows(path, option):
                 yield {**row, "table": {"header": headers[row["table_id"]]}}
         except KeyError as error:
             raise UserError(option, f"{path} or its tables, without {error}", ALLOWED) from error
+
+
+def tables_of(path: Path, option: str) -> Path:
+    """The file of the tables that the questions in `path` are about.
+
+    Raises:
+        UserError: naming `option`, if it is not there.
+    """
+    name, suffix, compression = path.name.partition(".jsonl")
+    tables = path.with_name(f"{name}.tables.jsonl{compression}")
+    if not suffix or not tables.is_file():
+        raise UserError(option, f"{path}, without {tables.name} beside it", ALLOWED)
+    return tables
 
 
 def as_texts(row: Row) -> tuple[str, str]:

@@ -15,6 +15,8 @@ from typing import Any
 
 from sparse_pretrain.errors import UserError
 
+LIBRARIES = ("sacrebleu", "rouge_score.rouge_scorer", "nltk.translate.meteor_score")
+
 
 @dataclass(frozen=True)
 class Score:
@@ -38,12 +40,6 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], lowerc
 def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
     """chrF2 (Popović 2015): F-score of character 1- to 6-grams, the best reference counting. Raises as `bleu` does."""
     return _sacrebleu(_library("sacrebleu").metrics.CHRF(), predictions, references)
-
-
-def ter(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Translation edit rate (Snover et al. 2006): the fewest edits to a reference by the references' mean length. Lower
-    is better, above 100 is possible. Raises as `bleu` does."""
-    return _sacrebleu(_library("sacrebleu").metrics.TER(), predictions, references)
 
 
 def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -112,6 +108,16 @@ def _sacrebleu(metric: Any, predictions: Sequence[str], references: Sequence[Seq
 def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     if not predictions or len(predictions) != len(references) or not all(references):
         raise ValueError(f"{len(predictions)} predictions with {sum(map(bool, references))} lists of references")
+
+
+def check_installed() -> None:
+    """That the libraries are there, to be known before texts are generated.
+
+    Raises:
+        UserError: one of them is not.
+    """
+    for module in LIBRARIES:
+        _library(module)
 
 
 def _library(module: str) -> ModuleType:

@@ -26,7 +26,12 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.tok_embed = nn.Embedding(vocab_size, cfg.d_model)
         self.pos_embed = nn.Embedding(cfg.max_seq_len, cfg.d_model) if cfg.position == "learned" else None
-        self.blocks = nn.ModuleList(Block(cfg, self._attention()) for _ in range(cfg.n_layer))
+        rotary = None
+        if cfg.position == "rotary":  # one table for all blocks: with long contexts it is large
+            rotary = RotaryEmbedding(cfg.d_model // cfg.n_head, cfg.max_seq_len, cfg.rope_theta)
+        self.blocks = nn.ModuleList(
+            Block(cfg, Attention(cfg, causal=True, n_kv_head=cfg.n_kv_head, rotary=rotary)) for _ in range(cfg.n_layer)
+        )
         self.norm = make_norm(cfg)
         head = nn.Linear(cfg.d_model, vocab_size, bias=False)
         if cfg.tied_embeddings:
@@ -43,13 +48,6 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-
-    def _attention(self) -> Attention:
-        cfg = self.cfg
-        rotary = None
-        if cfg.position == "rotary":
-            rotary = RotaryEmbedding(cfg.d_model // cfg.n_head, cfg.max_seq_len, cfg.rope_theta)
-        return Attention(cfg, causal=True, n_kv_head=cfg.n_kv_head, rotary=rotary)
 
     def forward(self, tokens: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
         """Logits (batch, tokens, vocab); arguments as `hidden`'s."""

@@ -96,7 +96,8 @@ def find_stacks(model: nn.Module, forward: Forward, batch: Any, names: Iterable[
     that the one before it returned. Blocks that the model does not run are left out.
 
     Raises:
-        UserError: a block is run more than once: what it is given depends on itself then.
+        UserError: a block is run more than once: what it is given depends on itself then; or it is not given a tensor
+            as its first argument.
     """
     stacks: list[StackPlan] = []
     calls: list[Call] = []  # of the newest stack
@@ -104,6 +105,12 @@ def find_stacks(model: nn.Module, forward: Forward, batch: Any, names: Iterable[
 
     def before(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not args or not isinstance(args[0], Tensor):
+                raise UserError(
+                    "checkpoint",
+                    f"a model that calls {name} without a tensor as its first argument",
+                    "one that gives each block what the one before it returned so",
+                )
             if any(name in stack.names for stack in stacks):
                 raise UserError(
                     "checkpoint", f"a model that uses {name} more than once", "one that runs each of its blocks once"
@@ -146,7 +153,7 @@ def record(model: nn.Module, forward: Forward, batches: Sequence[Any], plan: Sta
     def keep(number: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if number == 0:
-                hidden.append(args[0])
+                hidden.append(args[0].clone())  # as in `Stack.run`
             calls[number].append(Call(args[1:], kwargs))
             if number == last:
                 raise _Reached

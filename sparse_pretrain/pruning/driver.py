@@ -94,8 +94,10 @@ def select_layers(
             if reason and include is not None and name in include:
                 raise UserError("include", f"{name}: {reason}", "layers that can be pruned so")
             chosen.setdefault(block, {})[name] = reason
-    if not any(not reason for layers in chosen.values() for reason in layers.values()):
-        raise UserError("include", "no layer that can be pruned", "at least one", shown)
+    reasons = [reason for layers in chosen.values() for reason in layers.values()]
+    if all(reasons):
+        found = f"no layer that can be pruned{f': {reasons[0]}' if reasons else ''}"
+        raise UserError("include", found, "at least one", shown)
     return chosen
 
 

@@ -35,8 +35,8 @@ def set_matrix(layer: nn.Module, values: Tensor) -> None:
 def obstacle(layer: nn.Module, group: int, low_rank: bool) -> str:
     """Why a layer cannot be pruned in groups of `group` inputs, with a low-rank part beside it; nothing if it can."""
     if isinstance(layer, nn.Conv2d):
-        if layer.groups > 1 or isinstance(layer.padding, str):
-            return f"it is a convolution with groups={layer.groups}, padding={layer.padding}"
+        if layer.groups > 1 or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+            return f"it is a convolution with groups={layer.groups}, padding={layer.padding} of {layer.padding_mode}"
         if low_rank:
             return "it is a convolution, beside which there is no low-rank part"
     in_features = matrix(layer).shape[1]
@@ -57,16 +57,17 @@ def gathering(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     given nothing has none."""
     grams: dict[str, Tensor] = {}
     # Layers that read one tensor, as queries, keys and values do, follow each other: it is multiplied once for all.
-    last: list[Any] = [None, None]
+    last: list[Any] = [None, None, None]  # the tensor, how often it has been written into, its XᵀX
 
     def add(name: str, layer: nn.Module, x: Tensor) -> None:
-        if last[0] is not x or isinstance(layer, nn.Conv2d):  # another kernel sees other patches
+        # another kernel sees other patches
+        if last[0] is not x or last[1] != x._version or isinstance(layer, nn.Conv2d):
             rows = input_rows(layer, x)
-            last[:] = x, rows.t() @ rows
+            last[:] = x, x._version, rows.t() @ rows
         if name in grams:
-            grams[name] += last[1]
+            grams[name] += last[2]
         else:
-            grams[name] = last[1].clone()
+            grams[name] = last[2].clone()
 
     def hook(name: str) -> Any:
         return lambda layer, args: add(name, layer, args[0])

@@ -23,12 +23,13 @@ def error_of(capsys, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["trian"], "command: found trian; allowed: train, finetune, decay-search, compare, prune, evaluate, generate, export, inspect, sparsest, report, doctor, bench; did you mean train?"),
+        (["trian"], "command: found trian; allowed: train, finetune, decay-search, compare, sweep, sweep-report, prune, evaluate, generate, export, inspect, sparsest, report, doctor, bench; did you mean train?"),
         (["train", "model=gpt2_124"], "did you mean gpt2_124m?"),
         (["train", "recipe=fts"], "did you mean fst?"),
         (["train", "model.d_modell=64"], "model.d_modell: found no such option; allowed: model.d_model"),
         (["train", "+model.wings=2"], "model.wings: found no such option"),
         (["train", "steps=10"], "steps: found no such option; allowed: trainer.steps"),
+        (["train", "data.task=[text]"], "data.task: found ['text']; allowed: language_modeling, text_to_text"),
         (["train", "model.d_model=wide"], "model.d_model: found 'wide'; allowed: a whole number"),
         (["train", "model.n_layer=1.5"], "model.n_layer: found 1.5; allowed: a whole number"),
         (["train", "model.bias=maybe"], "model.bias: found 'maybe'; allowed: true or false"),
@@ -105,7 +106,7 @@ def error_of(capsys, *arguments: str) -> str:
         (["sparsest", "target=1.1"], "target: found 1.1; allowed: at least 0.5 and at most 1"),
         (["sparsest", "training.lrs=[]"], "training.lrs: found none; allowed: one or more"),
         (["sparsest", "training.schedules=[step]"], "training.schedules: found step; allowed: cosine, steps, constant; did you mean steps?"),
-        (["sparsest", "training.batch_size=30000"], "training.batch_size: found 30000; allowed: at most half of points=50000"),
+        (["sparsest", "training.batch_size=30000"], "training.batch_size: found 30000; allowed: at most a quarter of points=50000"),
         (["sparsest", "search.structure=[3,3]"], "search.structure: found [3, 3]; allowed: three numbers of neurons"),
         (["sparsest", "pruning.methods=[gpm]"], "pruning.methods: found gpm; allowed: magnitude, snip, iter_snip, force, grasp, synflow, one_shot, gmp, imp, rigl, ste, sr_ste, transposable; did you mean gmp?"),
         (["sparsest", "pruning.patterns=['4:2']"], "pruning.patterns: found 4:2; allowed: N:M with 0 < N < M"),

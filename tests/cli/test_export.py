@@ -1,5 +1,6 @@
 """`export`: what other libraries, in processes that never import ours, make of the folders."""
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sparse24.packing import pack
 from tokenizers import Tokenizer
@@ -17,7 +19,15 @@ from tokenizers import Tokenizer
 from sparse_pretrain import cli, runs, train
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.models import huggingface
-from sparse_pretrain.models.huggingface.packed import damage, dense_tensors, read_packed, semi_structured
+from sparse_pretrain.models.huggingface.folder import read_config_file
+from sparse_pretrain.models.huggingface.packed import (
+    damage,
+    dense_tensors,
+    read_packed,
+    read_weights,
+    semi_structured,
+)
+from sparse_pretrain.models.huggingface.sparsity_section import describe
 from sparse_pretrain.sparsity.linear import SparseLinear
 from sparse_pretrain.sparsity.packed import PackedLinear, pack_model
 from sparse_pretrain.tasks.trained import load_trained
@@ -212,6 +222,27 @@ def test_their_semi_structured_multiplies():
     torch.testing.assert_close(torch.nn.functional.linear(x, theirs), x @ weight.t(), atol=0.5, rtol=2e-2)
 
 
+def sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """As the docs have it."""
+    content = b"".join(
+        f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode() + tensor.numpy().tobytes()
+        for name, tensor in sorted(tensors.items())
+    )
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_which_layers_have_the_pattern():
+    two, three = torch.tensor([[0.0, 1, 0, 2, 3, 0, 0, 0]]), torch.tensor([[0.0, 1, 4, 2, 3, 0, 0, 0]])
+    tensors = {"a": two, "b": three, "c": torch.zeros(1, 8), "d": two[:, :6], "e": two.view(1, 2, 2, 2), "f": two[0]}
+    tensors = {f"{name}.weight": tensor for name, tensor in tensors.items()}
+    assert describe(tensors, "bert", (2, 4), None, packed=False)["targets"] == ["a", "e"]
+    assert describe(tensors, "bert", (2, 4), None, packed=True)["targets"] == ["a"]
+    assert describe({"a.weight": two}, "gpt2", (2, 4), None, packed=False) is None
+    assert describe({"a.weight": two.t()}, "gpt2", (2, 4), None, packed=False)["transposed"]
+    assert describe({"b.weight": three}, "bert", (3, 8), None, packed=False) is None
+    assert describe({"b.weight": three}, "bert", (4, 8), None, packed=False)["sparsity_structure"] == "4:8"
+
+
 def test_damage_is_found(tiny, export, tmp_path):
     run_dir = train.run(tiny("ste", **SPARSE_TO_THE_END))
     folder, _ = export("packed", run_dir, "format=packed")
@@ -223,6 +254,8 @@ def test_damage_is_found(tiny, export, tmp_path):
     with pytest.raises(UserError, match=r"init_from: found .*model.safetensors with a wrong checksum"):
         huggingface.load(folder, "init_from")
     path.write_bytes(whole)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["sha256"] == sha256(load_file(path))
     name = "transformer.h.1.mlp.c_fc.weight"
     packed = read_packed(folder, "checkpoint")[name]
     assert damage(packed) is None
@@ -234,12 +267,69 @@ def test_damage_is_found(tiny, export, tmp_path):
     assert "metadata of shape (64, 1) and torch.int32" in damage(packed._replace(metadata=packed.metadata.int()))
     assert "metadata of shape (63, 1)" in damage(packed._replace(metadata=packed.metadata[1:]))
     assert "values of shape (64, 7)" in damage(packed._replace(values=packed.values[:, 1:], cols=14))
-    # A tensor taken away, with the checksum of what is left: the check of the model's own shapes finds it
     tensors = load_file(path)
-    del tensors[f"{name}.metadata"]
     save_file(tensors, path)
     with pytest.raises(UserError, match="wrong checksum"):
         huggingface.load(folder)
+    # What a file with the checksum of its own tensors may lack or hold
+    for changes, message in (
+        ({f"{name}.metadata": None}, f"where {name} has metadata of shape (0,)"),
+        ({f"{name}.values": None}, f"where {name} has values of shape (0,)"),
+        ({f"{name}.values": torch.tensor(1.0)}, f"where {name} has values of shape ()"),
+        ({f"{name}.values": packed.values.int()}, f"where {name} has values of shape (64, 8) and torch.int32"),
+        ({f"{name}.metadata": metadata}, f"where {name} has positions that do not ascend in group 0 of row 3"),
+    ):
+        changed = {key: value for key, value in (tensors | changes).items() if value is not None}
+        save_file(changed, path, metadata={"sha256": sha256(changed)})
+        for read in (huggingface.load, lambda there: read_weights(read_config_file(there, "checkpoint"))):
+            with pytest.raises(UserError) as error:
+                read(folder)
+            assert message in str(error.value)
+
+
+def test_sections_that_export_did_not_write(tiny, export, capsys):
+    run_dir = train.run(tiny("ste", **SPARSE_TO_THE_END))
+    folder, _ = export("packed", run_dir, "format=packed")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    section = config["sparsity_config"]
+    for wrong, message in (
+        ("2:4", "sparsity_config='2:4'"),
+        (section | {"format_version": 2}, "format_version=2; allowed: 1"),
+        (section | {"transposed": "no"}, "transposed=no; allowed: False or True"),
+        (section | {"targets": [1]}, "targets=[1]; allowed: names of layers"),
+        (section | {"sparsity_structure": 24}, "sparsity_structure=24"),
+    ):
+        path.write_text(json.dumps(config | {"sparsity_config": wrong}))
+        with pytest.raises(UserError) as error:
+            huggingface.load(folder)
+        assert message in str(error.value)
+    dense, _ = export("dense", run_dir)
+    path = dense / "config.json"
+    path.write_text(json.dumps(config | {"sparsity_config": None}))
+    assert huggingface.load(dense).sparse_layers == ()
+    path.write_text(json.dumps(config | {"sparsity_config": {"sparsity_structure": "unstructured"}}))
+    with pytest.raises(SystemExit):
+        export("again", dense)
+    assert "with sparsity_structure=unstructured; allowed: N:M, as 2:4" in capsys.readouterr().err
+
+
+def test_folders_whose_config_says_little(tiny, export, capsys):
+    """Neither the class nor the dtype, which is that of the weights; and weights that fp16 cannot hold."""
+    run_dir = train.run(tiny("dense"))
+    folder, _ = export("first", run_dir, "dtype=bf16")
+    path = folder / "config.json"
+    kept = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("architectures", "torch_dtype")}
+    path.write_text(json.dumps(kept))
+    again, output = export("again", folder)
+    assert f'transformers.AutoModel.from_pretrained("{again}")' in output
+    assert json.loads((again / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.ln_f.weight"][3] = 1e5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit):
+        export("half", folder, "dtype=fp16")
+    assert "dtype: found float16, in which transformer.ln_f.weight overflows; allowed: fp32" in capsys.readouterr().err
 
 
 def test_a_run_that_ended_dense(tiny, export, capsys):

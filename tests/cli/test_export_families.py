@@ -147,6 +147,29 @@ def test_a_fine_tuned_classifier(exported, tiny, corpus, tmp_path):
 
 
 @torch.no_grad()
+def test_a_fine_tuned_decoder(exported, tiny, corpus, tmp_path):
+    """Whose texts end with the token that fills batches up here, by which transformers would not find their end."""
+    body = train.run(tiny("ste", run_dir="body", **SPARSE_TO_THE_END))
+    words = corpus.read_text().split()
+    rows = "".join(f"{' '.join(words[4 * i : 4 * i + 2])}\t{i % 2}\n" for i in range(60))
+    (tmp_path / "train.tsv").write_text(f"sentence\tlabel\n{rows}")
+    data = SentencesConfig(
+        name="tiny", train=[str(tmp_path / "train.tsv")], tokenizer=str(body / TOKENIZER_FILE), seq_len=16, num_workers=0,
+        validation_share=0.3,
+    )  # fmt: skip
+    ours, _, folder, theirs = exported("AutoModelForSequenceClassification", data=data, init_from=str(body))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for row in rows.splitlines()[:3]:
+        text = row.partition("\t")[0]
+        batch = tokenizer(text, return_tensors="pt")
+        assert batch["input_ids"][0, -1] == tokenizer.eos_token_id  # as in fine-tuning
+        logits = ours(batch["input_ids"], batch["attention_mask"].bool())
+        torch.testing.assert_close(logits, theirs(**batch).logits, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="pad"):
+        tokenizer([text, text], padding=True)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("adapters", [False, True], ids=["plain", "adapters"])
 def test_a_model_of_transformers(exported, tmp_path, adapters):
     """One that ours cannot hold: norms without weights, q and k normed, and so on."""

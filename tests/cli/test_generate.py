@@ -216,6 +216,19 @@ def test_a_model_of_transformers(tmp_path, say, causal):
         assert out == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
 
 
+def test_where_a_published_decoder_starts(seq2seq, tmp_path):
+    """At the token that its config says, be it the first one of the vocabulary."""
+    transformers = pytest.importorskip("transformers")
+    widths = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}  # fmt: skip
+    for start in (0, 7):
+        config = transformers.BartConfig(
+            **widths, vocab_size=320, max_position_embeddings=16, decoder_start_token_id=start
+        )
+        transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path / str(start))
+        (tmp_path / str(start) / "tokenizer.json").write_bytes((seq2seq / "tokenizer.json").read_bytes())
+        assert Form.of(load_trained(str(tmp_path / str(start)), CPU)).start == start
+
+
 def test_errors(causal, tmp_path, capsys):
     def error(**options):
         with pytest.raises(UserError) as found:

@@ -84,6 +84,14 @@ def test_a_finished_store_needs_neither_dataset_nor_network(folder, monkeypatch)
     assert prepare(cfg) == store
 
 
+def test_files_that_hold_something_else_are_named(tmp_path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("{broken\n")
+    with pytest.raises(UserError, match=r"data\.hf_path: found .*broken; allowed: a dataset.*JSON parse error"):
+        list(open_corpus(config(folder)).read())
+
+
 def test_a_dataset_that_needs_code_of_its_own_is_refused(folder, monkeypatch):
     def load_dataset(*args, **options):
         raise RuntimeError("Dataset scripts are no longer supported, but found x.py")

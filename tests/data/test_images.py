@@ -213,6 +213,17 @@ def bad_zip(folder):
     return config([folder / "train.zip"])
 
 
+def damaged_zip(folder):
+    path = folder / "train.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in "ab":
+            archive.writestr(f"{name}/0.png", bytes(range(256)) * 8)
+    content = bytearray(path.read_bytes())
+    content[30 + len("a/0.png")] = 0xFF  # the first byte behind the header: no such kind of block
+    path.write_bytes(content)
+    return config([path])
+
+
 def bad_image(folder):
     files = members("train")
     files["train/dog/00.png"] = files["train/dog/00.png"][:60]
@@ -253,6 +264,7 @@ def idx_pair(folder, images: bytes, labels: bytes, **options):
     ("make", "message"),
     [
         (bad_zip, r"data\.train: found .*train\.zip, which cannot be read"),
+        (damaged_zip, r"data\.train: found .*train\.zip, which cannot be read"),
         (bad_image, r"data\.train: found .*train/dog/00\.png, which is not an image"),
         (no_image, r"data\.train: found .*train/dog/00\.png, which is not an image"),
         (grey_from_colour, r"data\.channels: found 1, but .*train/cat/00\.png is of mode RGB"),

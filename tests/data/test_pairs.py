@@ -13,10 +13,11 @@ import pytest
 
 from sparse_pretrain.config_data import PairsConfig
 from sparse_pretrain.data.batches import ContinuationBatches, Seq2SeqBatches
-from sparse_pretrain.data.build import data_module, num_examples, open_store, prepare
+from sparse_pretrain.data.build import data_module, open_store, prepare
 from sparse_pretrain.data.pairs import _line_pairs, to_generate
 from sparse_pretrain.data.rows import open_rows
 from sparse_pretrain.data.tokenizer import load_tokenizer, train_bpe, train_wordpiece
+from sparse_pretrain.data.wikisql import as_texts
 from sparse_pretrain.errors import UserError
 from tests.shared_data import shared_data
 
@@ -186,11 +187,21 @@ def test_a_gpt_tokenizer_has_one_special_token(tmp_path):
     assert (batch["labels"][0] != -100).sum() == len(target) + 1
 
 
-def test_references_are_kept_together(store):
-    found = to_generate(store)
+def test_references_are_kept_together(tmp_path):
+    columns = {"source_column": "en", "target_column": "de"}
+    cfg = config(tmp_path, {"train.csv": table(PAIRS), "val.csv": table(HELD_OUT)}, format="csv", **columns)
+    found = to_generate(cfg, prepare(cfg))
     assert [(item.index, item.source, item.references) for item in found] == [
         (0, "A man.", ["Ein Mann.", "Ein Herr."]),
         (1, "A dog runs.", ["Ein Hund läuft."]),
+    ]
+
+
+def test_of_parallel_texts_every_line_is_translated(tmp_path, store):
+    """As sacreBLEU scores a test set with a sentence twice."""
+    found = to_generate(line_config(tmp_path), store)
+    assert [(item.index, item.source, item.references) for item in found] == [
+        (i, source, [target]) for i, (source, target) in enumerate(HELD_OUT)
     ]
 
 
@@ -200,7 +211,8 @@ def test_held_out_pairs_have_sources_of_their_own(tmp_path):
     store = prepare(config(tmp_path, files, validation_share=0.2))
     assert 20 < store.num_examples("validation") < 120
     assert store.num_examples("train") + store.num_examples("validation") == len(twice)
-    assert all(len(item.references) == 2 for item in to_generate(store))
+    sources = [source for source, _ in texts_of(store)]
+    assert all(sources.count(source) == 2 for source in sources)
 
 
 def test_empty_sides_are_skipped_and_max_examples_kept(tmp_path):
@@ -297,6 +309,30 @@ def test_wikisql(tmp_path):
     assert texts_of(prepare(wikisql(tmp_path))) == AS_TEXTS
 
 
+def test_wikisql_s_numbers_are_those_of_its_own_query_class():
+    """lib/query.py of the data set: agg_ops and cond_ops."""
+    queries = [
+        as_texts({"question": "?", "table": TABLES[0], "sql": {"sel": 1, "agg": agg, "conds": [[0, agg % 3, "A"]]}})[1]
+        for agg in range(6)
+    ]
+    assert queries == [
+        f"SELECT {agg}No. FROM table WHERE Player {operator} A"
+        for agg, operator in zip(["", "MAX ", "MIN ", "COUNT ", "SUM ", "AVG "], "=><=><", strict=True)
+    ]
+
+
+def test_wikisql_s_tables_count(tmp_path):
+    """Other names of columns: another store."""
+    first = prepare(wikisql(tmp_path))
+    renamed = [{**TABLES[0], "header": ["Name", "No.", "Position"]}]
+    (tmp_path / "val.tables.jsonl").write_bytes(lines(map(json.dumps, renamed)))
+    cfg = config(tmp_path, {}, format="wikisql", vocab_size=300)
+    cfg.train, cfg.validation = [str(tmp_path / "train.jsonl")], [str(tmp_path / "val.jsonl")]
+    second = prepare(cfg)
+    assert first.folder != second.folder
+    assert texts_of(second)[0][1] == "SELECT Name FROM table WHERE Position = guard"
+
+
 def test_wikisql_from_a_dataset(tmp_path):
     datasets = pytest.importorskip("datasets")
     folder = tmp_path / "dataset"
@@ -388,7 +424,7 @@ def test_multi30k():
     assert sum(1 for _ in rows.read("train")) == 29_000
     cfg.max_examples = 3_000
     store = prepare(cfg)
-    assert (num_examples(cfg, store), store.num_examples("validation")) == (3_000, 1_014)
+    assert (store.num_examples("train"), store.num_examples("validation")) == (3_000, 1_014)
     data = data_module(cfg, store, batch_size=64, seed=1, total_steps=2, eval_batches=1000, objective="seq2seq")
     items = list(data.validation_loader())
     assert sum(len(item["source"]) for item in items) == 1_014
@@ -406,6 +442,6 @@ def test_e2e_counts_and_references():
     )  # fmt: skip
     store = prepare(cfg)
     assert (store.num_examples("train"), store.num_examples("validation")) == (4_672, 4_672)
-    found = to_generate(store)
+    found = to_generate(cfg, store)
     assert len(found) == 547  # distinct meaning representations of the development set
     assert sum(len(item.references) for item in found) == 4_672

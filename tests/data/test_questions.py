@@ -13,7 +13,7 @@ from sparse_pretrain.config_data import QuestionsConfig
 from sparse_pretrain.data.batches import QuestionBatches
 from sparse_pretrain.data.build import prepare
 from sparse_pretrain.data.questions import questions, window_offsets
-from sparse_pretrain.data.tokenizer import train_wordpiece
+from sparse_pretrain.data.tokenizer import train_bpe, train_wordpiece
 from sparse_pretrain.errors import UserError
 from tests.shared_data import shared_data
 
@@ -178,6 +178,7 @@ def test_held_out_questions_have_contexts_of_their_own(tokenizer, tmp_path):
         ('{"data": [{"paragraphs": [{"qas": [{"id": "1"}]}]}]}', r"train\.json \(KeyError: 'answers'"),
         (json.dumps({"data": [{"paragraphs": [{"context": "a b", "qas": [{"id": "7", "question": "?", "answers": [{"text": "c", "answer_start": 0}]}]}]}]}), r"question 7: no 'c' at 0|question 7: 'c' is not at 0"),
         (json.dumps({"data": [{"paragraphs": [{"context": "a b", "qas": [{"id": "7", "question": "?", "answers": []}]}]}]}), "question 7 without an answer"),
+        (json.dumps({"data": [{"paragraphs": [{"context": None, "qas": [{"id": "7", "question": "?", "answers": [{"text": "c", "answer_start": 0}]}]}]}]}), r"data\.train: found a row of another form \(TypeError"),
     ],
 )  # fmt: skip
 def test_bad_files_are_named(tokenizer, tmp_path, files, content, message):
@@ -186,11 +187,34 @@ def test_bad_files_are_named(tokenizer, tmp_path, files, content, message):
         prepare(config(tokenizer, **files))
 
 
+def test_bad_rows_to_hold_out_or_of_validation_are_named(tokenizer, tmp_path, files):
+    bad = {"data": [{"paragraphs": [{"context": None, "qas": [{"id": "7", "question": "?", "answers": []}]}]}]}
+    (tmp_path / "bad.json").write_text(json.dumps(bad))
+    with pytest.raises(UserError, match=r"data\.train: found context, a column of NoneType; allowed: a column of text"):
+        prepare(config(tokenizer, train=[str(tmp_path / "bad.json")]))
+    bad["data"][0]["paragraphs"][0]["context"] = "a b"
+    (tmp_path / "bad.json").write_text(json.dumps(bad))
+    with pytest.raises(UserError, match=r"data\.validation: found question 7 without an answer"):
+        prepare(config(tokenizer, **{**files, "validation": [str(tmp_path / "bad.json")]}))
+
+
 def test_bad_lengths_are_named(tokenizer, files):
     with pytest.raises(UserError, match=r"data\.stride: found 27; allowed: below 27"):
         prepare(config(tokenizer, stride=27, **files))
     with pytest.raises(UserError, match=r"data\.seq_len: found 14; allowed: at least 15"):
         prepare(config(tokenizer, seq_len=14, stride=1, **files))
+
+
+def test_white_space_before_a_question_is_dropped(tmp_path):
+    """To a byte-level tokenizer it would be a token."""
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(train_bpe((document(seed) for seed in range(50)), 300))
+    answers = [{"text": "dense", "answer_start": 7}]
+    qas = [{"id": str(i), "question": "  " * i + "mask?", "answers": answers} for i in range(2)]
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"paragraphs": [{"context": "sparse dense", "qas": qas}]}]}))
+    files = [str(tmp_path / "a.json")]
+    tokens = prepare(config(path, train=files, validation=files)).column("train", "tokens")
+    assert tokens[0].tolist() == tokens[1].tolist()
 
 
 def test_against_transformers_on_xquad():

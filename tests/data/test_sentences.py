@@ -92,6 +92,20 @@ def test_the_table_and_the_option_name_the_same_tasks():
     assert sorted(GLUE_TASKS) == sorted(CHOICES["data.glue_task"])
 
 
+def test_labels_are_numbered_as_on_the_hub():
+    assert {name: " ".join(task.labels) for name, task in GLUE_TASKS.items()} == {
+        "cola": "unacceptable acceptable",
+        "sst2": "negative positive",
+        "mrpc": "not_equivalent equivalent",
+        "stsb": "",
+        "qqp": "not_duplicate duplicate",
+        "mnli": "entailment neutral contradiction",
+        "qnli": "entailment not_entailment",
+        "rte": "entailment not_entailment",
+        "wnli": "not_entailment entailment",
+    }
+
+
 @pytest.mark.parametrize("name", sorted(GLUE_TASKS))
 def test_glue_s_own_files(tmp_path, tokenizer, name):
     rows = examples(name)
@@ -171,6 +185,7 @@ def test_malformed_rows_are_counted(tmp_path, tokenizer, capsys):
         ("cola", "a\tb\n", r"with the columns a, b; allowed: cola: the columns sentence, label"),
         ("sst2", "sentence\tlabel\na\t2\n", r"data\.train: found the label '2'; allowed: negative, positive"),
         ("sst2", "sentence\tlabel\na\tpositiv\n", "the label 'positiv'.*did you mean|the label 'positiv'; allowed: negative, positive"),
+        ("sst2", "sentence\tlabel\na\t0.7\n", "the label '0.7'; allowed: negative, positive"),
         ("sst2", "sentence\tlabel\na\t-1\n", "the label '-1'.*test splits have no labels"),
         ("stsb", "a\tb\t5.1\n", "the label '5.1'; allowed: a score from 0 to 5"),
         ("stsb", "a\tb\tnan\n", "the label 'nan'"),
@@ -184,6 +199,13 @@ def test_bad_files_are_named(tmp_path, tokenizer, name, content, message):
     (tmp_path / "dev.tsv").write_text(as_file(name, examples(name)))
     with pytest.raises(UserError, match=message):
         prepare(config(name, tokenizer, tmp_path))
+
+
+def test_a_bad_validation_file_is_named(tmp_path, tokenizer):
+    (tmp_path / "train.tsv").write_text(as_file("sst2", examples("sst2")))
+    (tmp_path / "dev.tsv").write_text("sentence\tlabel\na\t2\n")
+    with pytest.raises(UserError, match=r"data\.validation: found the label '2'"):
+        prepare(config("sst2", tokenizer, tmp_path))
 
 
 def test_bad_options_are_named(tmp_path, tokenizer):
@@ -203,6 +225,9 @@ def test_an_unlabelled_split_of_a_dataset(tmp_path, tokenizer):
     folder.mkdir()
     datasets.Dataset.from_dict({"sentence": ["a", "b"], "label": [-1, -1]}).to_parquet(folder / "train.parquet")
     with pytest.raises(UserError, match=r"data\.hf_path: found the label -1"):
+        prepare(config("sst2", tokenizer, hf_path=str(folder)))
+    datasets.Dataset.from_dict({"sentence": ["a", "b"], "label": [0.7, 1.0]}).to_parquet(folder / "train.parquet")
+    with pytest.raises(UserError, match=r"data\.hf_path: found the label 0.7"):
         prepare(config("sst2", tokenizer, hf_path=str(folder)))
     with pytest.raises(UserError, match=r"data\.hf_path: found sentence1; allowed: sentence, label"):
         prepare(config("rte", tokenizer, hf_path=str(folder)))

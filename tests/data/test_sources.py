@@ -9,9 +9,10 @@ import time
 import pytest
 from toy_corpora import document, write_corpus
 
-from sparse_pretrain.config_data import TextConfig
+from sparse_pretrain.config_data import ImagesConfig, PairsConfig, TextConfig
 from sparse_pretrain.data import corpus as corpus_module
 from sparse_pretrain.data import files, sources
+from sparse_pretrain.data.build import prepare
 from sparse_pretrain.data.sources import _stdlib_corpus, open_corpus, stdlib_documents
 from sparse_pretrain.errors import UserError
 
@@ -186,6 +187,20 @@ def test_a_damaged_archive_is_named(tmp_path, name):
     path.write_bytes(compress(b"text " * 1000)[:-20])
     with pytest.raises(UserError, match=rf"data\.train.*{name}"):
         splits(open_corpus(text_config([path])))
+
+
+def test_an_archive_damaged_in_the_middle_is_named(tmp_path):
+    content = bytearray(gzip.compress("".join(map(str, range(1000))).encode()))
+    content[10] = 0xFF  # no such kind of block: zlib's error, not gzip's
+    paths = [tmp_path / "bad.txt.gz", tmp_path / "other.gz"]
+    for path in paths:
+        path.write_bytes(content)
+    both = [str(path) for path in paths]
+    with pytest.raises(UserError, match=r"data\.train.*bad\.txt\.gz, which cannot be read"):
+        splits(open_corpus(text_config(paths)))
+    for cfg in (PairsConfig(name="x", train=both), ImagesConfig(name="x", train=both, image_size=8)):
+        with pytest.raises(UserError, match=r"data\.train.*bad\.txt\.gz, which cannot be read"):
+            prepare(cfg)
 
 
 def test_missing_files_are_named_with_the_nearest(corpus_file):

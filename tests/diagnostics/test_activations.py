@@ -59,6 +59,15 @@ def test_largest_median_and_outliers(lengths):
     assert found["kurtosis"] == pytest.approx(float((centred**4).mean() / (centred**2).mean() ** 2), rel=1e-4)
 
 
+def test_massive_is_large_in_itself_and_beside_the_others():
+    for largest, median, massive in ((50.0, 0.01, 0.0), (150.0, 0.01, 1.0), (150.0, 1.0, 0.0)):
+        hidden = torch.full((1, 4, 8), median)
+        hidden[0, 1, 2] = -largest
+        meter = HiddenMeter()
+        meter.update(hidden, None)
+        assert meter.result()["massive"] == massive
+
+
 def test_second_moment_of_inputs():
     torch.manual_seed(0)
     x = torch.randn(5, 6, 10)

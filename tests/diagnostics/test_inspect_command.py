@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sparse24.reference import magnitude_mask
 
 from sparse_pretrain import cli, schema, train
@@ -154,6 +155,18 @@ def test_a_hugging_face_folder(tmp_path, capsys, corpus):
     tokenizer.save(str(folder / "tokenizer.json"))
 
     assert "text: found none" in refused(capsys, f"checkpoints=[{folder}]", f"out={tmp_path}/out")
+    assert "seq_len: found 64; allowed: at most 32" in refused(
+        capsys, f"checkpoints=[{folder}]", f"text=[{corpus}]", "seq_len=64", f"out={tmp_path}/no"
+    )
+    assert not (tmp_path / "no").exists()
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    assert "broken, whose blocks.1.ffn.up.weight is not finite" in refused(
+        capsys, f"checkpoints=[{broken}]", f"text=[{corpus}]", f"out={tmp_path}/out"
+    )
     inspect(f"checkpoints=[{folder}]", f"text=[{corpus}]", f"out={tmp_path}/out")
     (found,) = json.loads((tmp_path / "out" / "inspect.json").read_text())["checkpoints"]
     assert (found["label"], found["step"], found["is_sparse"]) == ("llama", 0, False)

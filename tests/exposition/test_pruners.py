@@ -93,6 +93,7 @@ def assert_largest(score: torch.Tensor, mask: torch.Tensor, count: int) -> None:
 
 def test_scores_of_snip_and_grasp_are_autograd_s():
     rows, shape = networks(3)
+    rows = 6 * rows  # logits so large that the temperature changes the order
     x, y = next(TASK.epoch(0))
     kept = torch.tensor([9, 11, 13, 15])
     snip, grasp = (before_training(method, rows, kept, shape, x, y) for method in ("snip", "grasp"))
@@ -201,6 +202,24 @@ def test_imp_prunes_geometrically_and_rewinds(monkeypatch):
         assert mask[:, :total].sum(dim=1).tolist() == (expected if number < 3 else [12, 30])
     for (_, before), (_, after) in itertools.pairwise(trained):
         assert (after <= before).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "every", "decay"),
+    [("ste", "20", 1, 0.0), ("sr_ste", "20", 1, 1e-2), ("sr_ste", "2:4", 1, 1e-2), ("transposable", "2:4", 40, 1e-2)],
+)
+def test_how_masks_are_learned(monkeypatch, method, target, every, decay):
+    rules = []
+    original = pruners.train
+
+    def record(start, mask, shape, task, sgd, lrs, schedules, rule, advance):
+        rules.append(rule)
+        return original(start, mask, shape, task, sgd, lrs, schedules, rule, advance)
+
+    monkeypatch.setattr(pruners, "train", record)
+    pruned(method, [target], width=8, epochs=1)
+    (rule,) = rules
+    assert (rule.straight_through, rule.refresh_every, rule.decay) == (True, every, decay)
 
 
 def test_erdos_renyi_kernel():

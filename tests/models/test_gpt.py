@@ -9,6 +9,7 @@ import yaml
 from sparse_pretrain.config_models import GPTConfig
 from sparse_pretrain.models.blocks import RotaryEmbedding, ffn_width
 from sparse_pretrain.models.count import count_model
+from sparse_pretrain.models.generation import sample
 from sparse_pretrain.models.gpt import GPT
 from sparse_pretrain.paths import config_dir
 from sparse_pretrain.schema import load
@@ -73,6 +74,12 @@ def test_grouped_queries_equal_repeated_heads():
     torch.testing.assert_close(grouped(tokens), full(tokens))
 
 
+def test_blocks_share_one_table_of_angles():
+    """With a context of 128k tokens it is 64 MB."""
+    gpt = model(**VARIANTS["llama"])
+    assert len([buffer for buffer in gpt.buffers() if buffer.dim() == 2]) == 2
+
+
 def test_rotary_scores_depend_on_distance_only():
     rotary = RotaryEmbedding(8, max_seq_len=12, theta=100.0)
     q, k = torch.randn(8).expand(1, 1, 12, 8), torch.randn(8).expand(1, 1, 12, 8)
@@ -121,6 +128,40 @@ def test_counts(recipe):
     assert count.flop_per_token == 6 * matrices + 12 * 2 * 32 * 16
     assert count.parameters == matrices + 16 * 32 + 5 * 32
     assert count.state_bytes == 16 * count.parameters
+
+
+def test_rows_of_convolutions_are_output_positions():
+    with torch.device("meta"):
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.Flatten(), torch.nn.Linear(8 * 9, 5))
+    count = count_model(net, net, (torch.zeros(1, 3, 8, 8),), tokens=1)
+    assert count.rows == {"0": 9, "2": 1}
+    assert count.flop_per_token == 6 * (9 * 8 * 27 + 72 * 5)
+
+
+def test_initial_weights_are_gpt2s():
+    gpt = model(n_layer=8, d_model=64, d_ff=256, bias=True)
+    for name, parameter in gpt.named_parameters():
+        if parameter.dim() == 2:
+            std = 0.02 / 4 if name.endswith(("attn.out.weight", "ffn.down.weight")) else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.1), name
+        else:
+            assert (parameter == name.endswith("weight")).all(), name  # norms and biases
+
+
+def test_what_is_drawn():
+    """As often as the softmax of the logits over the temperature says, of the likeliest `top_k`."""
+    logits = torch.tensor([0.5, -1.0, 1.0, 0.0])
+    rows = 20_000
+    for temperature, top_k, kept in ((1.0, None, [0, 1, 2, 3]), (0.5, None, [0, 1, 2, 3]), (2.0, 3, [0, 2, 3])):
+        drawn = sample(
+            lambda tokens, _: logits.expand(len(tokens), 4), torch.zeros(rows, 1, dtype=torch.int64), 1, temperature, top_k,
+            torch.Generator().manual_seed(0),
+        )[:, 1]  # fmt: skip
+        expected = torch.zeros(4)
+        expected[kept] = (logits[kept] / temperature).softmax(0)
+        found = drawn.bincount(minlength=4) / rows
+        torch.testing.assert_close(found, expected, atol=0.015, rtol=0)
+        assert (found > 0).nonzero().flatten().tolist() == kept
 
 
 def test_generation_is_repeatable_and_greedy_at_zero():

@@ -11,6 +11,7 @@ from sparse_pretrain.errors import UserError
 from sparse_pretrain.models import huggingface
 from sparse_pretrain.models.gpt import GPT
 from sparse_pretrain.models.heads import SpanPredictor, TextClassifier
+from sparse_pretrain.tasks.trained import load_trained
 from tests.models.hugging_face import ours_of, randomize, theirs_of
 
 transformers = pytest.importorskip("transformers")
@@ -143,7 +144,13 @@ def test_what_they_cannot_hold(cfg, message):
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "with rope_type=llama3; allowed: default"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "with rope_type=linear; allowed: default"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "with rope_type=yarn; allowed: default"),
+        ({"rope_parameters": "linear"}, "with rope_parameters='linear'; allowed: a value like {}"),
         ({"head_dim": 16}, "with head_dim=16; allowed: 8"),
+        ({"num_attention_heads": 0}, "with num_attention_heads=0; allowed: a value like 32"),
+        ({"num_key_value_heads": "2"}, "with num_key_value_heads='2'; allowed: a value like 4"),
+        ({"hidden_act": ["silu"]}, "with hidden_act=['silu']; allowed: a value like 'silu'"),
+        ({"model_type": ["llama"]}, "with model_type=['llama']; allowed: a value like ''"),
+        ({"tie_word_embeddings": True}, "where lm_head.weight is not model.embed_tokens.weight; allowed: tied weights"),
         ({"hidden_act": "relu"}, "with hidden_act=relu; allowed: gelu_new, gelu_pytorch_tanh"),
         ({"hidden_act": "wave"}, "with hidden_act=wave; allowed: gelu_new"),
         ({"model_type": "mistral", "sliding_window": 4}, "with model_type=mistral; allowed: gpt2, llama"),
@@ -177,6 +184,41 @@ def test_rare_options_of_gpt2(tmp_path, key, value):
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(UserError, match=f"{key}={value}; allowed: {not value}"):
         huggingface.load(tmp_path)
+
+
+@pytest.mark.parametrize("rope", [{"rope_parameters": {"rope_type": "default"}}, {"rope_theta": 500}], ids=str)
+def test_where_the_base_of_rotary_positions_may_be(tmp_path, rope):
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL_LLAMA)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"]
+    path.write_text(json.dumps(config | rope))
+    assert_same(ours_of(tmp_path), transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval())
+    assert huggingface.options(tmp_path).rope_theta == rope.get("rope_theta", 1e4)
+
+
+@pytest.mark.parametrize("kept", ["both", "head"])
+def test_tied_weights_may_be_there_twice_or_by_their_other_name(tmp_path, kept):
+    from safetensors.torch import load_file, save_file
+
+    config = transformers.LlamaConfig(**SMALL_LLAMA, tie_word_embeddings=True)
+    theirs = randomize(transformers.LlamaForCausalLM(config))
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    if kept == "head":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert_same(ours_of(tmp_path), theirs)
+
+
+def test_scaled_rotary_positions_are_transformers_own(tmp_path):
+    """Llama 3.1's: ours does not have them, so commands take the model as it is."""
+    scaling = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
+    theirs = randomize(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL_LLAMA, rope_parameters=scaling)))
+    theirs.save_pretrained(tmp_path)
+    assert not huggingface.is_known(tmp_path)
+    assert_same(load_trained(str(tmp_path), torch.device("cpu")).model, theirs)
 
 
 def test_extra_tensors_are_not_passed_over(tmp_path):

@@ -133,10 +133,45 @@ def test_gguf_as_transformers_reads_it(tmp_path):
     assert (own.bos_token, own.eos_token) == ("<|im_start|>", "<|endoftext|>")
 
 
+def test_gguf_that_is_damaged(tmp_path):
+    gguf = pytest.importorskip("gguf")
+
+    def write(bias: bool) -> bytes:
+        writer = gguf.GGUFWriter(tmp_path / "c.gguf", "llama")
+        for name in ("block_count", "context_length", "embedding_length", "feed_forward_length", "head_count"):
+            getattr(writer, f"add_{name}")(4)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(["a", "b", "ab"])
+        writer.add_token_merges(["a b"])
+        if bias:
+            writer.add_token_types([1, 1, 1])
+            writer.add_tensor("blk.0.attn_q.bias", np.zeros(32, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return (tmp_path / "c.gguf").read_bytes()
+
+    def refuse(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            convert(tmp_path / "c.gguf", tmp_path / "out")
+
+    write(bias=False)
+    refuse("c.gguf without tokenizer.ggml.token_type; allowed: a whole GGUF file of a Llama")
+    whole = write(bias=True)
+    refuse("c.gguf with a tensor blk.0.attn_q.bias; allowed: a Llama's tensors: no biases")
+    for length in (0, 3, 8, 60, 200, len(whole) - 10):
+        (tmp_path / "c.gguf").write_bytes(whole[:length])
+        refuse(r"c.gguf \(.*\); allowed: a whole GGUF file")
+    assert not (tmp_path / "out").exists()
+
+
 def test_gguf_of_other_kinds(tmp_path):
     pytest.importorskip("gguf")
     (tmp_path / "a.gguf").write_bytes(b"GGUF is not enough")
-    with pytest.raises(UserError, match=r"checkpoint: found .*a.gguf .*; allowed: a GGUF file"):
+    with pytest.raises(UserError, match=r"checkpoint: found .*a.gguf .*; allowed: a whole GGUF file"):
         convert(tmp_path / "a.gguf", tmp_path / "out")
     import gguf
 

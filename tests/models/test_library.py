@@ -284,7 +284,7 @@ def train(model, recipe, loss_of, lr, steps):
         training.at_tokens(0)
         loss = loss_of(step)
         loss.backward()
-        training.select_gradients()
+        training.adjust_gradients()
         optimizer.step()
         optimizer.zero_grad()
         training.prepare(step + 1)

@@ -116,6 +116,18 @@ def test_sizes_are_as_published(name, millions):
     assert sum(p.numel() for p in seq2seq.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
+def test_initial_weights_are_fairseqs():
+    seq2seq = model(d_model=64, position="learned")
+    for name, module in seq2seq.named_modules():
+        if isinstance(module, torch.nn.Embedding):
+            assert module.weight.std().item() == pytest.approx(64**-0.5, rel=0.1), name
+        elif isinstance(module, torch.nn.Linear):
+            if name != "head":  # whose weights are the embedding's
+                bound = (6 / sum(module.weight.shape)) ** 0.5
+                assert 0.99 * bound < module.weight.abs().max() <= bound, name
+            assert (module.bias == 0).all(), name
+
+
 def test_its_ffn_layers_become_sparse():
     rows = sparsify(model(), load_recipe("ste"))
     sparse = [row.name for row in rows if row.sparse]

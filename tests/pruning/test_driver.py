@@ -141,7 +141,8 @@ class Residual(nn.Module):
         self.down = nn.Conv2d(channels, channels, 1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.norm(self.conv1(x)).relu_()) + self.down(x)
+        shortcut = self.down(x)  # two convolutions of one tensor follow each other
+        return self.conv2(self.norm(self.conv1(x)).relu_()) + shortcut
 
 
 def convolutions():
@@ -172,7 +173,7 @@ def inputs_of(model: nn.Module, forward: Callable, batches: list[Any], name: str
         x = args[0]
         if isinstance(layer, nn.Conv2d):
             x = nn.functional.unfold(x, layer.kernel_size, padding=layer.padding, stride=layer.stride).transpose(1, 2)
-        seen.append(x.reshape(-1, x.shape[-1]))
+        seen.append(x.reshape(-1, x.shape[-1]).clone())  # a block may write into it
 
     handle = layer.register_forward_pre_hook(hook)
     with torch.no_grad():
@@ -332,6 +333,67 @@ def test_layers_that_the_pattern_does_not_fit_stay_and_say_why():
         select_layers(model, Method("wanda", (1, 16)), ["0"], [])
     grouped = nn.Sequential(nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 8, 1))
     assert "groups=2" in select_layers(grouped, WANDA, None, [])["0"]["0"]
+
+
+def test_convolutions_that_see_more_than_zeros_around_an_image_stay():
+    """What they are multiplied with would be another matrix."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 4, 3, padding=1))
+    layers = select_layers(model, WANDA, None, [])
+    assert "circular" in layers["0"]["0"]
+    assert layers["1"] == {"1": ""}
+
+
+class WritesIntoItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.before(x) + self.after(x.mul_(scale).relu_())
+
+
+class ScaledBlocks(nn.Module):
+    """Each block has an argument of its own: all of them run when the first one's input is recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(WritesIntoItsInput() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        for number, block in enumerate(self.blocks):
+            x = block(x, torch.tensor(float(number + 2)))
+        return x
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_blocks_that_write_into_what_they_are_given(method):
+    def make():
+        return (model := ScaledBlocks()), model, list(torch.randn(3, 20, 8))
+
+    model, forward, batches = build(make)
+    reference, again, _ = build(make)
+    layers = select_layers(model, Method(method, (2, 4)), None, [])
+    expected = prune_by_running_everything(
+        reference, again, batches, [list(names) for names in layers.values()], method
+    )
+    for _, pruned in prune_blocks(model, forward, batches, layers, Method(method, (2, 4))):
+        for name, layer in pruned.items():
+            torch.testing.assert_close(layer.weight, expected[name][0], rtol=1e-3, atol=1e-4)
+
+
+def test_blocks_without_a_tensor_to_begin_with_are_refused():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([WritesIntoItsInput()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[0](scale=torch.ones(()), x=x)
+
+    model = Named()
+    with pytest.raises(UserError, match=r"calls blocks.0 without a tensor as its first argument"):
+        list(prune_blocks(model, model, [torch.randn(4, 8)], select_layers(model, WANDA, None, []), WANDA))
 
 
 class Gate(nn.Module):

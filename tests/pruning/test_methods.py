@@ -150,7 +150,10 @@ def test_oats_sizes():
     # κ(1 − ρ) = 1/6 of the weights of a 576 x 1536 layer, as rank: 576 · 1536 / (6 · 2112)
     assert rank(576, 1536, rank_share((2, 4), 0.25)) == 69
     assert rank(4, 4, 0.01) == 1
-    assert rank(100, 100, 0.06) == 3  # whole numbers do not suffer from rounding
+    # whole numbers do not suffer from rounding
+    assert rank(100, 100, rank_share(0.3, 0.2)) == 7
+    assert (oats(torch.randn(4, 50), torch.ones(50), 0.3, 0.2, iterations=1)[0] != 0).sum(1).tolist() == [28] * 4
+    assert (wanda(torch.randn(4, 100), torch.ones(100), 0.29) == 0).sum(1).tolist() == [29] * 4
 
 
 def test_oats_with_randomised_svd():
@@ -164,10 +167,12 @@ def test_oats_with_randomised_svd():
     assert all(torch.equal(*pair) for pair in zip(random, oats(weight.float(), squares, (2, 4), seed=1), strict=True))
 
 
-@pytest.mark.parametrize(("pattern", "theirs"), [((2, 4), (4, 6)), (0.5, 0.5)])
-def test_oats_beats_sparsegpt_where_inputs_have_outliers(pattern, theirs):
-    """Equal compression: SparseGPT keeps at least as many numbers as OATS has in S, U and V together, in groups where
-    OATS has groups. Four inputs are 100 times the others, and singular values fall as k^-½, as trained ones do."""
+@pytest.mark.parametrize(
+    ("pattern", "rank_ratio", "theirs"),
+    [((2, 4), 0.25, (4, 6)), ((2, 8), 0.5, (2, 4)), ((3, 8), 0.25, (2, 4)), (0.5, 0.25, (2, 4)), (0.5, 0.25, 0.5)],
+)
+def test_oats_beats_sparsegpt_where_inputs_have_outliers(pattern, rank_ratio, theirs):
+    """Equal compression: SparseGPT keeps at least as many numbers as OATS has in S, U and V together. Four inputs are 100 times the others, and singular values fall as k^-½, as trained ones do."""
     draw = torch.Generator().manual_seed(3)
     u, _, v = torch.linalg.svd(torch.randn(128, 120, generator=draw, dtype=torch.float64), full_matrices=False)
     weight = 10 * (u * torch.arange(1, 121) ** -0.5) @ v
@@ -176,7 +181,7 @@ def test_oats_beats_sparsegpt_where_inputs_have_outliers(pattern, theirs):
     x[:, [7, 30, 64, 99]] *= 100
     x, held_out = x.split(2000)
     gram = (x.T @ x).float()
-    sparse, left, right = oats(weight.float(), gram.diagonal(), pattern)
+    sparse, left, right = oats(weight.float(), gram.diagonal(), pattern, rank_ratio)
     other = sparsegpt(weight.float(), gram, theirs)
     numbers = int((sparse != 0).sum()) + left.numel() + right.numel()
     assert numbers <= int((other != 0).sum()) < 1.03 * numbers

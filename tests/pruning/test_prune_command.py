@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparse_pretrain import cli, runs
-from sparse_pretrain.calibration import windows
+from sparse_pretrain.calibration import calibration, windows
+from sparse_pretrain.config import PruneConfig
 from sparse_pretrain.data.tokenizer import load_tokenizer
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.pruned import plain_task
@@ -98,6 +99,8 @@ def test_a_pruned_run_is_a_run(run, tmp_path, capsys, method, pattern):
     tokens = torch.randint(300, (2, 16))
     for name, layer in layers.items():
         weight = result.model.get_submodule(name).weight
+        if ":" in pattern:  # its mask is where the zeros are not
+            assert torch.equal(result.model.get_submodule(name).current_weight(), weight)
         zeros = float((weight == 0).double().mean())
         assert zeros == pytest.approx(layer["sparsity"])
         assert zeros == pytest.approx({"2:4": 0.5, "4:8": 0.5, "0.6": 0.6, "0.5": 1 - 0.7 * 0.5}[pattern], abs=0.03)
@@ -183,6 +186,37 @@ def test_a_pruned_hugging_face_folder_is_one(llama, corpus, tmp_path, method):
             for adapter in adapters.values():
                 adapter.active = False
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_adapters_of_layers_that_stay_are_merged(llama, corpus, tmp_path):
+    """The result has no adapters of before: what they added is in the weights, of layers not pruned again too."""
+    options = {"text": f"[{corpus}]", "seq_len": 16, "samples": 4}
+    prune(llama, tmp_path / "oats", method="oats", iterations=3, **options)
+    prune(tmp_path / "oats", tmp_path / "again", method="wanda", exclude="['*.ffn.*', 'blocks.0.attn.qkv']", **options)
+    assert not (tmp_path / "again" / runs.ADAPTER_FILE).exists()
+    before, after = (load_trained(str(tmp_path / folder), CPU).model for folder in ("oats", "again"))
+    for name in ("blocks.0.attn.qkv", "blocks.0.ffn.gate", "blocks.1.ffn.down"):
+        expected = before.get_submodule(name).weight + adapters_of(before)[name].delta()
+        torch.testing.assert_close(after.get_submodule(name).weight, expected, rtol=0, atol=1e-6)
+    pruned = after.get_submodule("blocks.1.attn.qkv").weight
+    assert (pruned == 0).double().mean() == 0.5
+
+
+def test_exported_folders(llama, corpus, tmp_path, capsys):
+    """What an export says of its zeros is not said of other ones; packed weights are refused before any work."""
+    options = {"text": f"[{corpus}]", "seq_len": 16, "samples": 4}
+    prune(llama, tmp_path / "wanda", method="wanda", **options)
+    for form in ("dense", "packed"):
+        command("export", checkpoint=tmp_path / "wanda", out=tmp_path / form, format=form)
+    assert "sparsity_config" in json.loads((tmp_path / "dense" / "config.json").read_text())
+    prune(tmp_path / "dense", tmp_path / "again", method="magnitude", pattern="0.3", **options)
+    config = json.loads((llama / "config.json").read_text())
+    assert "sparsity_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["hidden_size"] == json.loads((tmp_path / "again" / "config.json").read_text())["hidden_size"]
+    with pytest.raises(SystemExit):
+        prune(tmp_path / "packed", tmp_path / "no", method="wanda", **options)
+    assert "whose files do not name model.layers.0." in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_other_architectures_are_pruned_as_transformers_has_them(run, corpus, tmp_path):
@@ -358,8 +392,20 @@ def test_calibration_is_drawn_by_the_seed(run, corpus):
     assert len({tuple(row) for row in first.tolist()}) == 20
     short = windows([document[:40] for document in documents], tokenizer, 3, 50, seed=1)  # of several documents each
     assert short.shape == (3, 50)
+    assert len({tuple(row) for row in short.tolist()}) == 3
     with pytest.raises(UserError, match=r"samples: found 30; allowed: at most \d+ sequences of 500 tokens"):
         windows(documents[:3], tokenizer, 30, 500, seed=1)
+
+
+def test_as_many_samples_as_asked_for(run, llama, corpus):
+    """Of a run's own batches the last is cut; a language model reads `seq_len` tokens, and the row has the next one."""
+    for source, options in ((run, {}), (llama, {"text": [str(corpus)], "seq_len": 12})):
+        found = calibration(
+            PruneConfig(str(source), samples=10, batch_size=4, **options), load_trained(str(source), CPU)
+        )
+        rows = torch.cat(found.batches)
+        assert rows.shape == (10, options.get("seq_len", 16) + 1)
+        assert [len(batch) for batch in found.batches] == [4, 4, 2]
 
 
 def test_damaged_and_foreign_folders(llama, run, corpus, tmp_path, capsys):
@@ -375,6 +421,10 @@ def test_damaged_and_foreign_folders(llama, run, corpus, tmp_path, capsys):
         checkpoint=llama, text=f"[{corpus}]", include="['*.mlp.*']"
     )
     assert "text: found /nowhere" in error(checkpoint=llama, text="[/nowhere]")
+    assert "include: found no layer that can be pruned: in_features=32 is not a multiple of 5" in error(
+        checkpoint=run, pattern="2:5"
+    )
+    assert "out: found /proc/nowhere, which cannot be written" in error(checkpoint=run, out="/proc/nowhere")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     assert f"out: found {tmp_path / 'full'}, which holds something else" in error(checkpoint=run, out=tmp_path / "full")
@@ -382,6 +432,11 @@ def test_damaged_and_foreign_folders(llama, run, corpus, tmp_path, capsys):
     assert "which has method=wanda where this has magnitude" in error(
         checkpoint=run, out=tmp_path / "out", method="magnitude"
     )
+    assert "which has calibration.samples=4 where this has 5" in error(
+        checkpoint=run, out=tmp_path / "out", method="wanda", samples=5
+    )
+    shutil.copytree(llama, tmp_path / "silent", ignore=shutil.ignore_patterns("tokenizer.json"))
+    assert "silent, which has no tokenizer.json" in error(checkpoint=tmp_path / "silent", text=f"[{corpus}]")
     broken = tmp_path / "broken"
     shutil.copytree(llama, broken)
     tensors = load_file(broken / "model.safetensors")

@@ -23,7 +23,7 @@ from sparse_pretrain.sparsity import (
     products,
     sparsify,
 )
-from sparse_pretrain.sparsity.conv import SparseConv2d
+from sparse_pretrain.sparsity.conv import Geometry, SparseConv2d
 from sparse_pretrain.sparsity.packed import PackedConv2d, pack_model
 from sparse_pretrain.sparsity.swap import select_layers
 from tests.sparse24.reference_backend import Reference
@@ -42,7 +42,7 @@ GEOMETRIES = {
     "3x3, dilation": {"in_channels": 4, "kernel_size": 3, "dilation": 2, "padding": 2},
     "uneven": {"in_channels": 4, "kernel_size": (3, 5), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)},
     "odd channels, 2x2": {"in_channels": 3, "kernel_size": 2},
-    "same": {"in_channels": 4, "kernel_size": (4, 3), "padding": "same"},
+    "same": {"in_channels": 4, "kernel_size": (4, 2), "padding": "same"},
     "valid": {"in_channels": 4, "kernel_size": 3, "padding": "valid"},
     "circular": {"in_channels": 4, "kernel_size": 3, "padding": 1, "padding_mode": "circular"},
     "reflect": {"in_channels": 4, "kernel_size": 3, "padding": (1, 2), "padding_mode": "reflect"},
@@ -106,6 +106,16 @@ def test_outputs_and_gradients_are_those_of_the_masked_convolution(name, project
     wanted = gradients(expected, x, masked, dense.bias)
     for a, b in zip(gradients(found, x, layer.weight, layer.bias), wanted, strict=True):
         torch.testing.assert_close(a, b)  # straight through: dW is whole
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("name", [name for name in GEOMETRIES if name not in ("circular", "reflect")])
+def test_the_smallest_input_of_an_output(name):
+    dense = conv(name)
+    height, width = Geometry.of(dense).input_size((5, 7))
+    assert dense(image(dense, 1, height, width)).shape[2:] == (5, 7)
+    assert dense(image(dense, 1, height - 1, width)).shape[2:] == (4, 7)
+    assert dense(image(dense, 1, height, width - 1)).shape[2:] == (5, 6)
 
 
 @pytest.mark.parametrize("plan", [Plan(), BY_PATCHES], ids=["convolution", "patches"])

@@ -1,6 +1,9 @@
 """Every objective: it is learned sparse, in whatever micro-batches, and resumed bit for bit; and what it scores."""
 
+import json
 import math
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,17 +13,18 @@ from sparse_pretrain.checkpoint import store
 from sparse_pretrain.config import EvaluateConfig, FinetuneConfig, TrainConfig
 from sparse_pretrain.config_models import GPTConfig
 from sparse_pretrain.crosscheck import check
-from sparse_pretrain.data.build import data_module
+from sparse_pretrain.data.build import data_module, open_store
 from sparse_pretrain.data.tokenizer import load_tokenizer
 from sparse_pretrain.errors import UserError
+from sparse_pretrain.evaluation import generation
 from sparse_pretrain.objective import objective_of
 from sparse_pretrain.sparsity import SparseLinear, load_recipe
-from sparse_pretrain.tasks.build import build_model
+from sparse_pretrain.tasks.build import build_model, build_task
 from sparse_pretrain.tasks.classification import ImageClassification
 from sparse_pretrain.tasks.sampling import sampling
 from sparse_pretrain.tasks.task import Sizes
 from sparse_pretrain.tasks.trained import load_trained
-from tests.tasks.toy_tasks import TASKS, task_config
+from tests.tasks.toy_tasks import TASKS, task_config, write_text, write_vocabulary
 
 CPU = torch.device("cpu")
 
@@ -214,6 +218,86 @@ def test_finish_shows_the_metrics(pretrained, tmp_path, capsys):
     assert "accuracy" in out  # of the table: a score has none
 
 
+def test_an_epoch_of_hidden_words_goes_through_the_text_once(pretrained, tmp_path):
+    """Two tokens of a sequence frame it."""
+    cfg = finetuning(pretrained, "masked_lm", tmp_path / "masked", recipe=load_recipe("dense"))
+    cfg.epochs, cfg.warmup_share, cfg.dropout = 1.0, 0.5, 0.3
+    run_dir = finetune.run(cfg)
+    facts = runs.read_json(run_dir / runs.RUN_FILE)
+    tokens = open_store(Path(facts["data"])).num_tokens("train")
+    made = runs.read_config(run_dir)
+    assert made.trainer.steps == math.ceil((tokens - 1) // (16 - 2) / 8)
+    assert made.scheduler.warmup_steps == round(made.trainer.steps / 2)
+    assert made.model.dropout == 0.3
+
+
+def test_scores_of_other_data_without_training(pretrained, tmp_path):
+    """A learning rate of 0, as the documents say: what evaluates a run on another split."""
+    first = finetune.run(finetuning(pretrained, "text_classification", tmp_path / "first"))
+    cfg = finetuning(first, "text_classification", tmp_path / "second", epochs=1e-6)
+    cfg.optimizer.lr = 0.0
+    second = finetune.run(cfg)
+    assert runs.read_config(second).trainer.steps == 1
+    for name, value in state_of(first).items():
+        if name.startswith("model."):
+            assert torch.equal(value, state_of(second)[name]), name
+    assert rows_of(first)[-1]["val/accuracy"] == rows_of(second)[-1]["val/accuracy"]
+
+
+@pytest.fixture
+def hugging_face(tmp_path):
+    """A BERT of transformers, with the older vocab.txt."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=40, max_position_embeddings=32, **shape))
+    model.save_pretrained(tmp_path / "hf")
+    write_vocabulary(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def test_finetuning_a_folder_with_a_vocabulary_file(hugging_face, tmp_path):
+    run_dir = finetune.run(finetuning(hugging_face, "text_classification", tmp_path / "run", epochs=0.1))
+    tokenizer = load_tokenizer((run_dir / runs.TOKENIZER_FILE).read_bytes(), "")
+    assert tokenizer.encode("red bird").tokens == ["[CLS]", "red", "bird", "[SEP]"]
+
+
+def test_finetuning_does_not_ignore_what_it_cannot_do(pretrained, hugging_face, tmp_path):
+    cfg = finetuning(pretrained, "text_classification", tmp_path / "run")
+    cfg.data.tokenizer = "other.json"
+    with pytest.raises(UserError, match=r"data\.tokenizer: found other\.json; allowed: null: texts are cut as"):
+        finetune.run(cfg)
+    values = json.loads((hugging_face / "config.json").read_text())
+    (hugging_face / "config.json").write_text(json.dumps({**values, "model_type": "roberta"}))
+    cfg = finetuning(hugging_face, "text_classification", tmp_path / "run", dropout=0.2)
+    with pytest.raises(UserError, match=r"dropout: found 0\.2; allowed: null with model\.family=hf"):
+        finetune.run(cfg)
+
+
+def refuses(expected: str, checkpoint, **options) -> None:
+    with pytest.raises(UserError, match=expected):
+        evaluate.run(EvaluateConfig(checkpoint=str(checkpoint), accelerator="cpu", **options))
+
+
+def test_evaluate_says_what_it_cannot_do(pretrained, hugging_face, tmp_path):
+    refuses(r"wikitext: found set for a bert of data\.task=language_modeling", pretrained, wikitext=True)
+    refuses(r"text: found set for a bert", pretrained, text=["x.txt"])
+    refuses("split: found train", pretrained, split="train")
+    refuses("hf, a Hugging Face folder, which does not say what it was trained on; .*finetune", hugging_face)
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    text = [str(write_text(tmp_path))]
+    refuses("gpt2 without a tokenizer; allowed: one with tokenizer.json or", tmp_path / "gpt2", text=text)
+    refuses("wikitext: found true without text", tmp_path / "gpt2", wikitext=True)
+
+
+def test_metrics_that_are_not_installed_are_told_before_any_text_is_written(tmp_path, monkeypatch):
+    run_dir = train.run(task_config("seq2seq", tmp_path, trainer__steps=2))
+    monkeypatch.setattr(generation, "LIBRARIES", ("no_such_library",))
+    monkeypatch.setattr(scoring, "total_scores", None)
+    refuses("no-such-library: found no such package", run_dir)
+
+
 def image_task(tmp_path, **changes) -> tuple[ImageClassification, dict[str, torch.Tensor]]:
     cfg = task_config("image_classification", tmp_path, **changes)
     task = ImageClassification(cfg, Sizes(num_classes=4))
@@ -245,6 +329,24 @@ def test_cutmix_labels_are_the_shares_of_the_pixels(tmp_path):
     assert task.augment(batch, 0).keys() == batch.keys()
     plain, _ = image_task(tmp_path / "plain")
     assert plain.augment(batch, 0) is batch
+
+
+def test_either_way_of_mixing_gets_half_of_the_steps(tmp_path):
+    task, batch = image_task(tmp_path, data__mixup=0.8, data__cutmix=1.0)
+    cut = 0
+    for step in range(200):
+        mixed = task.augment(batch, step)["images"]
+        cut += bool(((mixed == batch["images"]) | (mixed == batch["images"].flip(0))).all())
+    assert 70 < cut < 130
+
+
+def test_label_smoothing_goes_over_mixed_labels(tmp_path):
+    task, batch = image_task(tmp_path, data__mixup=0.8, data__label_smoothing=0.1)
+    mixed = task.augment(batch, step=3)
+    loss, _ = task.losses(mixed, 3, 0)
+    wanted = 0.9 * mixed["labels"] + 0.1 / 4
+    logits = task.model(mixed["images"])
+    assert loss.item() == pytest.approx(-(wanted * logits.log_softmax(-1)).sum(1).mean().item(), rel=1e-5)
 
 
 def test_a_distillation_token_learns_the_teachers_choice(tmp_path):
@@ -282,5 +384,47 @@ def test_what_does_not_fit_is_told_before_any_work(task, changes, message, tmp_p
 def test_models_learn_from_data_of_their_kind(tmp_path):
     cfg: TrainConfig = task_config("image_classification", tmp_path)
     cfg.model = GPTConfig(name="gpt", n_layer=1, n_head=1, d_model=8)
-    with pytest.raises(UserError, match=r"data: found image_classification \(image_classification\).*gpt model cannot"):
+    with pytest.raises(
+        UserError,
+        match=r"data: found image_classification \(image_classification\).*gpt model cannot.*"
+        r"model\.family vit or torchvision or hf for these",
+    ):
         objective_of(cfg)
+
+
+def test_label_smoothing_of_a_text_leaves_out_what_is_not_asked_for(tmp_path):
+    cfg = task_config("seq2seq", tmp_path)  # with data.label_smoothing=0.1
+    task = build_task(cfg, Sizes(vocab_size=64))
+    labels = torch.tensor([[5, 6, -100, -100], [7, -100, -100, -100]])
+    logits = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(1))
+    task.logits = lambda batch: logits
+    asked = logits.log_softmax(-1)[labels >= 0]
+    likelihood = 0.9 * asked[range(3), [5, 6, 7]] + 0.1 * asked.mean(-1)
+    assert task.losses({"labels": labels}, 0, 0)[0].item() == pytest.approx(-likelihood.mean().item(), rel=1e-6)
+    scores = task.scores({"labels": labels})
+    assert scores["loss"].tolist() == pytest.approx([-asked[range(3), [5, 6, 7]].sum().item(), 3], rel=1e-6)
+
+
+@pytest.mark.parametrize("task", ["question_answering", "regression", "seq2seq"])
+def test_the_truth_scores_full_marks(task, tmp_path, monkeypatch):
+    for package in ("sacrebleu", "rouge_score", "nltk"):
+        pytest.importorskip(package)
+    trained = load_trained(str(train.run(task_config(task, tmp_path, trainer__steps=2))), CPU)
+    data = evaluate.recorded_data(trained)
+
+    def answers(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        positions = torch.stack((batch["start"], batch["end"]), dim=1)
+        return torch.nn.functional.one_hot(positions, batch["tokens"].shape[1]).float()
+
+    def texts(trained, data, examples, batch_size, beams):
+        column = data.column("validation", "text")
+        return (column[example]["target"] for example in examples)
+
+    truth = {"question_answering": answers, "regression": lambda batch: 2 * batch["labels"][:, None] + 1}
+    if task in truth:
+        trained.task.logits = truth[task]
+    monkeypatch.setattr(scoring, "generate", texts)
+    scores = scoring.score(trained, data, 8, None, 1, nullcontext)
+    full = {"question_answering": ("exact_match", 100), "regression": ("pearson", 1), "seq2seq": ("exact_match", 100)}
+    name, value = full[task]
+    assert scores[name] == pytest.approx(value)

@@ -81,15 +81,16 @@ def write_stsb(folder: Path) -> Path:
 
 
 def write_squad(folder: Path) -> Path:
-    """The answer is the animal of the context."""
+    """The answer is the animal of the context and the word after it."""
     draw = random.Random(4)
     paragraphs = []
     for i in range(60):
         words = draw.choices(["red", "blue", "green", "runs", "now", "here"], k=6)
         animal = draw.choice(["dog", "cat", "bird"])
-        words.insert(draw.randrange(6), animal)
+        place = draw.randrange(6)
+        words.insert(place, animal)
         context = " ".join(words)
-        answer = {"text": animal, "answer_start": context.index(animal)}
+        answer = {"text": " ".join(words[place : place + 2]), "answer_start": context.index(animal)}
         paragraphs.append(
             {"context": context, "qas": [{"id": str(i), "question": "which animal", "answers": [answer]}]}
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sparse_pretrain.config_models import ModelConfig
@@ -27,7 +27,9 @@ class Architecture:
         body, head: the tensors of the model without its head, and of the head that it is pre-trained with; of our
             options, in which `vocab_size` is set.
         other_heads: head -> its layers in ours and in theirs.
-        ignored: shell-style patterns of tensors that say nothing: buffers, and tied weights once more.
+        tied: tensors that are the same as another one, which they may be there beside, or in place of: lm_head's where
+            our options do not untie it.
+        ignored: shell-style patterns of buffers.
         left_behind: patterns of tensors of heads that are not among ours.
     """
 
@@ -39,5 +41,6 @@ class Architecture:
     body: Callable[[Any], list[Rule]]
     head: Callable[[Any], list[Rule]]
     other_heads: dict[str, dict[str, str]]
+    tied: dict[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     left_behind: tuple[str, ...] = ()

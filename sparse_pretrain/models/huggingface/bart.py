@@ -110,7 +110,9 @@ def head(cfg: Seq2SeqConfig) -> list[Rule]:
     ]
 
 
-_IGNORED = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
+_TIED = dict.fromkeys(
+    ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight"), "model.shared.weight"
+)
 
 BART = Architecture(
     model_type="bart",
@@ -121,7 +123,8 @@ BART = Architecture(
     body=body,
     head=head,
     other_heads={},
-    ignored=(*_IGNORED, "*coder.version"),
+    tied=_TIED,
+    ignored=("*coder.version",),
     left_behind=("classification_head.*", "qa_outputs.*"),
 )
 MARIAN = Architecture(
@@ -133,5 +136,6 @@ MARIAN = Architecture(
     body=body,
     head=head,
     other_heads={},
-    ignored=(*_IGNORED, "model.*.embed_positions.weight"),
+    tied=_TIED,
+    ignored=("model.*.embed_positions.weight",),
 )

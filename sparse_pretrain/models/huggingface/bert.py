@@ -96,6 +96,10 @@ BERT = Architecture(
         CLASSIFIER: {"pooler": "bert.pooler.dense", "classifier": "classifier"},
         SPANS: {"classifier": "qa_outputs"},
     },
-    ignored=("*.position_ids", "cls.predictions.decoder.*"),
+    tied={
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+    ignored=("*.position_ids",),
     left_behind=("bert.pooler.*", "cls.seq_relationship.*", "classifier.*", "qa_outputs.*"),
 )

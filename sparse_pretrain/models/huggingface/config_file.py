@@ -37,13 +37,13 @@ class ConfigFile:
         """The value of a key, or transformers' default for it.
 
         Raises:
-            UserError: its type is not that of the default.
+            UserError: its type is not that of the default, or it is a whole number below 1.
         """
         value = self.values.get(name)
         if value is None:
             return default
         number = isinstance(default, float) and type(value) is int
-        if default is not None and not number and type(value) is not type(default):
+        if not number and (type(value) is not type(default) or (type(value) is int and value < 1)):
             raise self.error(name, repr(value), f"a value like {default!r}")
         return value
 
@@ -55,7 +55,7 @@ class ConfigFile:
 
     def activation(self, name: str, default: str, allowed: Sequence[str] = tuple(_NAMES)) -> str:
         """Our name of an activation function, which has to be one of `allowed`."""
-        value = self.values.get(name) or default
+        value = self.get(name, default)
         if ACTIVATIONS.get(value) not in allowed:
             raise self.error(name, value, [theirs for theirs, ours in ACTIVATIONS.items() if ours in allowed])
         return ACTIVATIONS[value]

@@ -35,6 +35,7 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_DEFAULTS = {"llama.rope.freq_base": 10000.0}  # llama.cpp's
 _CONTROL = 3  # gguf.TokenType.CONTROL: a special token
 # Of the names under tokenizer.ggml.pre: those that split text by GPT-2's expression, and whether digits stand alone.
 _PRE_TOKENIZERS = {"gpt-2": False, "smollm": True}
@@ -54,8 +55,8 @@ def convert(path: Path, folder: Path) -> None:
         ) from error
     try:
         reader = gguf.GGUFReader(path)
-    except (OSError, ValueError) as error:
-        raise UserError("checkpoint", f"{path} ({error})", "a GGUF file") from error
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError("checkpoint", f"{path} ({error})", "a whole GGUF file") from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
     for key, allowed in (
         ("general.architecture", ["llama"]),
@@ -65,6 +66,11 @@ def convert(path: Path, folder: Path) -> None:
     ):
         if fields.get(key, "none") not in allowed:
             raise UserError("checkpoint", f"{path} with {key}={fields.get(key)}", allowed)
+    fields = {**_DEFAULTS, "llama.attention.head_count_kv": fields.get("llama.attention.head_count"), **fields}
+    try:
+        config, tokenizer, tokenizer_config = _config(fields), _tokenizer(fields), _tokenizer_config(fields)
+    except KeyError as error:
+        raise UserError("checkpoint", f"{path} without {error.args[0]}", "a whole GGUF file of a Llama") from error
     tensors = {}
     for tensor in reader.tensors:
         name = _name(tensor.name, path)
@@ -75,20 +81,20 @@ def convert(path: Path, folder: Path) -> None:
         tensors[name] = weight.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, tensors, {})
-    write_json(folder / CONFIG, _config(fields, tied="lm_head.weight" not in tensors))
-    _tokenizer(fields).save(str(folder / TOKENIZER))
-    write_json(folder / TOKENIZER_CONFIG, _tokenizer_config(fields))
+    write_json(folder / CONFIG, config | {"tie_word_embeddings": "lm_head.weight" not in tensors})
+    tokenizer.save(str(folder / TOKENIZER))
+    write_json(folder / TOKENIZER_CONFIG, tokenizer_config)
 
 
 def _name(name: str, path: Path) -> str:
     base, _, kind = name.rpartition(".")
-    if base in _TOP:
-        return f"{_TOP[base]}.{kind}"
+    if base in _TOP and kind == "weight":
+        return f"{_TOP[base]}.weight"
     blk, _, rest = base.partition(".")
     layer, _, part = rest.partition(".")
-    if blk != "blk" or part not in _LAYER:
+    if blk != "blk" or part not in _LAYER or kind != "weight":
         raise UserError("checkpoint", f"{path} with a tensor {name}", "a Llama's tensors: no biases, no experts")
-    return f"model.layers.{layer}.{_LAYER[part]}.{kind}"
+    return f"model.layers.{layer}.{_LAYER[part]}.weight"
 
 
 def _halves(weight: Tensor, heads: int) -> Tensor:
@@ -96,22 +102,20 @@ def _halves(weight: Tensor, heads: int) -> Tensor:
     return weight.reshape(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def _config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
-    llama = {name.removeprefix("llama."): value for name, value in fields.items() if name.startswith("llama.")}
+def _config(fields: dict[str, Any]) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": llama["embedding_length"],
-        "intermediate_size": llama["feed_forward_length"],
-        "num_hidden_layers": llama["block_count"],
-        "num_attention_heads": llama["attention.head_count"],
-        "num_key_value_heads": llama["attention.head_count_kv"],
-        "max_position_embeddings": llama["context_length"],
-        "rms_norm_eps": float(f"{llama['attention.layer_norm_rms_epsilon']:.6g}"),  # 1e-5 of a float32
-        "rope_theta": llama["rope.freq_base"],
+        "hidden_size": fields["llama.embedding_length"],
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": fields["llama.attention.head_count"],
+        "num_key_value_heads": fields["llama.attention.head_count_kv"],
+        "max_position_embeddings": fields["llama.context_length"],
+        "rms_norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),  # 1e-5 of a float32
+        "rope_theta": fields["llama.rope.freq_base"],
         "hidden_act": "silu",
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
-        "tie_word_embeddings": tied,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),

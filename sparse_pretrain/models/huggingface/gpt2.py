@@ -21,7 +21,7 @@ def read_config(config: ConfigFile) -> GPTConfig:
         n_layer=config.get("n_layer", 12),
         n_head=config.get("n_head", 12),
         d_model=d_model,
-        d_ff=config.get("n_inner", None) or 4 * d_model,
+        d_ff=config.get("n_inner", 4 * d_model),
         norm_eps=config.get("layer_norm_epsilon", 1e-5),
         activation=config.activation("activation_function", "gelu_new"),
         bias=True,
@@ -87,6 +87,7 @@ GPT2 = Architecture(
     body=body,
     head=head,
     other_heads={CLASSIFIER: {"classifier": "score"}, SPANS: {"classifier": "qa_outputs"}},
-    ignored=("*.attn.bias", "*.attn.masked_bias", "lm_head.weight"),
+    tied={"lm_head.weight": "transformer.wte.weight"},
+    ignored=("*.attn.bias", "*.attn.masked_bias"),
     left_behind=("score.*", "qa_outputs.*"),
 )

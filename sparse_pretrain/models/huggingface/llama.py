@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from sparse_pretrain.config_models import GPTConfig
@@ -16,17 +17,16 @@ _GATES = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}
 def read_config(config: ConfigFile) -> GPTConfig:
     d_model, n_head = config.get("hidden_size", 4096), config.get("num_attention_heads", 32)
     config.only("head_dim", d_model // n_head, None, default=None)
-    # transformers 4 has rope_theta and rope_scaling, 5 has both in rope_parameters
-    rope = config.get("rope_parameters", None) or {"rope_theta": config.get("rope_theta", 10000.0)}
-    scaling = config.get("rope_scaling", None) or rope
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    # transformers 4 has rope_theta beside rope_scaling, 5 both in rope_parameters
+    rope = config.get("rope_scaling", {}) or config.get("rope_parameters", {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise config.error("rope_type", kind, "default: positions that are not scaled")
     return GPTConfig(
         name=config.folder.name,
         n_layer=config.get("num_hidden_layers", 32),
         n_head=n_head,
-        n_kv_head=config.get("num_key_value_heads", None) or n_head,
+        n_kv_head=config.get("num_key_value_heads", n_head),
         d_model=d_model,
         d_ff=config.get("intermediate_size", 11008),
         norm="rms_norm",
@@ -36,7 +36,7 @@ def read_config(config: ConfigFile) -> GPTConfig:
         dropout=config.get("attention_dropout", 0.0),
         max_seq_len=config.get("max_position_embeddings", 2048),
         position="rotary",
-        rope_theta=float(rope["rope_theta"]),
+        rope_theta=float(dataclasses.replace(config, values=config.values | rope).get("rope_theta", 10000.0)),
         vocab_size=config.get("vocab_size", 32000),
         tied_embeddings=config.get("tie_word_embeddings", False),
     )
@@ -97,6 +97,7 @@ LLAMA = Architecture(
     body=body,
     head=head,
     other_heads={CLASSIFIER: {"classifier": "score"}},
-    ignored=("*.rotary_emb.inv_freq", "lm_head.weight"),
+    tied={"lm_head.weight": "model.embed_tokens.weight"},
+    ignored=("*.rotary_emb.inv_freq",),
     left_behind=("score.*",),
 )

@@ -13,6 +13,7 @@ The metadata of the file has the SHA-256 of its tensors.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,8 @@ from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorC
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from sparse_pretrain.errors import UserError
-from sparse_pretrain.models.huggingface.folder import WEIGHTS, read_safetensors, write_tensors
+from sparse_pretrain.models.huggingface.config_file import ConfigFile
+from sparse_pretrain.models.huggingface.folder import WEIGHTS, read_safetensors, read_tensors, write_tensors
 
 SECTION, DENSE, PACKED, VERSION = "sparsity_config", "dense", "packed-24", 1
 _SHA256 = "sha256"
@@ -63,13 +65,14 @@ def read_packed(folder: Path, option: str) -> dict[str, Tensor | Packed]:
         raise UserError(option, f"{folder / WEIGHTS} with a wrong checksum", "the file as it was exported")
     tensors: dict[str, Tensor | Packed] = {}
     for name, tensor in stored.items():
-        if name.endswith(".weight.metadata"):
-            continue
-        if not name.endswith(".weight.values"):
+        if not name.endswith((".weight.values", ".weight.metadata")):
             tensors[name] = tensor
             continue
-        weight = name.removesuffix(".values")
-        packed = Packed(tensor, stored.get(f"{weight}.metadata", torch.empty(0)), 2 * tensor.shape[-1])
+        weight = name.rpartition(".")[0]
+        if weight in tensors:
+            continue
+        values, words = (stored.get(f"{weight}.{part}", torch.empty(0)) for part in ("values", "metadata"))
+        packed = Packed(values, words, 2 * values.shape[-1] if values.dim() else 0)
         problem = damage(packed)
         if problem:
             raise UserError(option, f"{folder / WEIGHTS}, where {weight} has {problem}", "packed 2:4 weights")
@@ -93,6 +96,35 @@ def damage(packed: Packed) -> str | None:
         row, group = (int(i) for i in wrong.nonzero()[0])
         return f"positions that do not ascend in group {group} of row {row}"
     return None
+
+
+def section_of(config: ConfigFile) -> dict[str, Any]:
+    """What config.json says of N:M zeros; empty if it says nothing.
+
+    Raises:
+        UserError: it is not as `export` writes it, or of packed weights in another version.
+    """
+    section = config.get(SECTION, {})
+    ours = dataclasses.replace(config, values=section)
+    if not all(isinstance(name, str) for name in ours.get("targets", [])):
+        raise ours.error("targets", section["targets"], "names of layers")
+    ours.get("sparsity_structure", "2:4")
+    if section.get("format") == PACKED:
+        ours.only("format_version", VERSION, default=None)
+        ours.only("transposed", False, True, default=None)
+    return section
+
+
+def read_weights(config: ConfigFile) -> dict[str, Tensor]:
+    """All tensors of a folder as transformers has them, packed ones dense.
+
+    Raises:
+        UserError: naming `config.option`: files are missing or damaged.
+    """
+    section = section_of(config)
+    if section.get("format") != PACKED:
+        return read_tensors(config.folder, config.option)
+    return dense_tensors(read_packed(config.folder, config.option), section)
 
 
 def dense_tensors(tensors: Mapping[str, Tensor | Packed], section: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -24,8 +24,9 @@ from sparse_pretrain.errors import UserError
 from sparse_pretrain.models.bert import Bert
 from sparse_pretrain.models.gpt import GPT
 from sparse_pretrain.models.huggingface.architecture import Architecture
-from sparse_pretrain.models.huggingface.folder import TOKENIZER, read_config_file, read_tensors
-from sparse_pretrain.models.huggingface.packed import PACKED, SECTION, dense_tensors, read_packed
+from sparse_pretrain.models.huggingface.config_file import ConfigFile
+from sparse_pretrain.models.huggingface.folder import TOKENIZER, read_config_file
+from sparse_pretrain.models.huggingface.packed import read_weights, section_of
 from sparse_pretrain.models.huggingface.registry import ARCHITECTURES
 from sparse_pretrain.models.huggingface.rules import Rule, from_theirs
 from sparse_pretrain.models.seq2seq import Seq2Seq
@@ -67,10 +68,8 @@ def load(folder: Path, option: str = "checkpoint") -> Loaded:
     model_type = config.values["model_type"]
     architecture = ARCHITECTURES[model_type]
     num_classes = _num_classes(config.values) if isinstance(cfg, ViTConfig) else 0
-    section = config.values.get(SECTION, {})
-    packed = section.get("format") == PACKED
-    tensors = dense_tensors(read_packed(folder, option), section) if packed else read_tensors(folder, option)
-    tensors = _modern_names(tensors, architecture)
+    section = section_of(config)
+    tensors = _tied_once(_modern_names(read_weights(config), architecture), architecture, cfg, config)
     with torch.device("meta"):
         wanted = build(cfg, num_classes).state_dict()
     rules = [*architecture.body(cfg), *architecture.head(cfg)]
@@ -106,14 +105,20 @@ def load(folder: Path, option: str = "checkpoint") -> Loaded:
 
 
 def is_known(folder: Path, option: str = "checkpoint") -> bool:
-    """Whether a Hugging Face folder is of an architecture that `load` reads."""
-    return read_config_file(folder, option).values.get("model_type") in ARCHITECTURES
+    """Whether `load` reads Hugging Face folders of such a config.json: of an architecture, and with options, that our
+    models can hold. The others are models of transformers itself."""
+    read_config_file(folder, option)
+    try:
+        options(folder, option)
+    except UserError:
+        return False
+    return True
 
 
 def options(folder: Path, option: str = "checkpoint") -> TransformerConfig:
     """The options of the model that `load` makes of a folder; raises what it raises about config.json."""
     config = read_config_file(folder, option)
-    model_type = config.values.get("model_type")
+    model_type = config.get("model_type", "")
     if model_type not in ARCHITECTURES:
         raise config.error("model_type", model_type, list(ARCHITECTURES))
     cfg = ARCHITECTURES[model_type].read_config(config)
@@ -158,6 +163,22 @@ def _modern_names(tensors: dict[str, Tensor], architecture: Architecture) -> dic
     if any(name.startswith(architecture.prefix) for name in tensors):
         return tensors
     return {f"{architecture.prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def _tied_once(
+    tensors: dict[str, Tensor], architecture: Architecture, cfg: TransformerConfig, config: ConfigFile
+) -> dict[str, Tensor]:
+    """Each of tied tensors once, by the name that the rules have for it."""
+    if isinstance(cfg, GPTConfig) and not cfg.tied_embeddings:
+        return tensors
+    for again, name in architecture.tied.items():
+        if again in tensors:
+            tensor = tensors.pop(again)
+            kept = tensors.setdefault(name, tensor)
+            if kept.dtype != tensor.dtype or not torch.equal(kept, tensor):
+                found = f"{config.folder}, where {again} is not {name}"
+                raise UserError(config.option, found, "tied weights that are the same, as its config.json says")
+    return tensors
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

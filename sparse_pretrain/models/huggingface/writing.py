@@ -42,6 +42,11 @@ class Converted:
     tensors: dict[str, Tensor]
     layers: dict[str, Rule]
 
+    @property
+    def class_name(self) -> str:
+        """The class of transformers that config.json names first."""
+        return str((self.config.get("architectures") or ["AutoModel"])[0])
+
 
 def convert(model: nn.Module, labels: Sequence[str] = ()) -> Converted:
     """One of our models, dense (not swapped), as transformers has it. Padding rows of the vocabulary stay: its logits
@@ -108,16 +113,19 @@ def save(
         special_ids: `eos_token_id` and so on, by their names in config.json; null = there is none; `max_length` is of
             generation_config.json alone. Without them that file is not written.
         dtype: of the weights; null = as they are.
+
+    Raises:
+        UserError: a weight is too large for `dtype`.
     """
     tensors = converted.tensors
     if dtype is not None:
-        tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    config = {key: value for key, value in converted.config.items() if key != "dtype"}
-    known = converted.config.get("dtype", converted.config.get("torch_dtype"))
-    config["torch_dtype"] = known if known and dtype is None else str(dtype or torch.float32).removeprefix("torch.")
+        tensors = {name: _rounded(name, t, dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    config = {key: value for key, value in converted.config.items() if key not in ("dtype", "torch_dtype")}
+    largest = max((t for t in tensors.values() if t.is_floating_point()), key=Tensor.numel)
+    config["torch_dtype"] = str(largest.dtype).removeprefix("torch.")
     if special_ids is not None:
         generation = {name: value for name, value in special_ids.items() if value is not None}
-        if config["architectures"][0].endswith(_GENERATING):
+        if converted.class_name.endswith(_GENERATING):
             write_json(folder / GENERATION, generation)
         config |= {name: value for name, value in special_ids.items() if name != "max_length"}
     write_json(folder / CONFIG, config)
@@ -125,3 +133,10 @@ def save(
         write_packed(folder, tensors, config[SECTION])
     else:
         write_tensors(folder / WEIGHTS, tensors, {})
+
+
+def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = tensor.to(dtype)
+    if rounded.isinf().sum() > tensor.isinf().sum():
+        raise UserError("dtype", f"{dtype}".removeprefix("torch.") + f", in which {name} overflows", ["fp32", "bf16"])
+    return rounded

@@ -1,0 +1,403 @@
+"""Ranks that torchrun, srun or variables set by hand have started: which of them this process is, whether the options
+are for as many, and what they tell each other beside training.
+
+They meet at MASTER_ADDR:MASTER_PORT, at a store of keys and values that torchrun keeps there, or else rank 0. Torch is
+imported only where it is needed: what is wrong is told before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from sparse_pretrain.config import TrainerConfig
+from sparse_pretrain.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+LOST = 76  # exit code: another rank was lost, or this one; the same command continues
+MEET_SECONDS = 300  # for the ranks of a launch to find each other
+SILENCE_SECONDS = 120  # without a sign of life of rank 0, while it prepares a run
+ANSWER_SECONDS = 10  # for ranks that are there to say so, once one is missed
+BEAT_SECONDS = 2
+TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+CONTINUES = "the same command continues from the last checkpoint"
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which rank this process is, of how many, and which variables say so."""
+
+    number: int
+    local: int  # on its machine
+    ranks: int
+    counted: str  # as `WORLD_SIZE=4`
+    ranks_here: str  # as `LOCAL_WORLD_SIZE=2`; empty = nothing says how many there are on a machine
+    node: int
+    address: str
+    port: int
+
+
+def find(environment: Mapping[str, str] = os.environ) -> Rank | None:
+    """The rank that a launcher's variables make this process; None where it was started alone.
+
+    A SLURM job's script, and a step of one task, count as started alone: they start their devices' ranks themselves.
+
+    Raises:
+        UserError: the variables are incomplete, or contradict each other.
+    """
+    in_step = "SLURM_PROCID" in environment and (
+        "SLURM_STEP_ID" in environment or environment.get("ENVIRONMENT") != "BATCH"
+    )
+    by_hand = "TORCHELASTIC_RUN_ID" not in environment
+    if in_step and by_hand:
+        for name, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", _tasks_variable(environment))):
+            if environment.get(name, environment.get(slurm)) != environment.get(slurm):
+                raise UserError(
+                    name, f"{environment[name]} with {slurm}={environment.get(slurm)}", f"{slurm}, or {name} not set"
+                )
+        return _of_slurm(environment)
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        return _of_torch(environment)
+    return None
+
+
+def tells(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the one to tell what is wrong on all ranks: rank 0, or one that should not be there."""
+    number = environment.get("RANK", environment.get("SLURM_PROCID", "0"))
+    ranks = environment.get("WORLD_SIZE", environment.get(_tasks_variable(environment), ""))
+    return not number.isdecimal() or int(number) == 0 or (ranks.isdecimal() and int(number) >= int(ranks))
+
+
+def check(trainer: TrainerConfig, environment: Mapping[str, str] = os.environ) -> None:
+    """Raises UserError unless `trainer` is for as many ranks as were started."""
+    rank = find(environment)
+    devices, nodes = trainer.devices, trainer.nodes
+    if rank is None:
+        if nodes > 1:
+            raise UserError(
+                "trainer.nodes",
+                f"{nodes} in a process that was started alone",
+                f"1, or ranks started by torchrun --nnodes {nodes} --nproc-per-node {devices} or "
+                f"srun --nodes {nodes} --ntasks-per-node {devices}",
+            )
+        return
+    if trainer.ranks != rank.ranks:
+        raise UserError(
+            "trainer.devices",
+            f"{devices} with trainer.nodes={nodes} and {rank.counted}",
+            f"as many devices x nodes as there are ranks: {rank.ranks}",
+        )
+    here = rank.ranks_here.partition("=")[2]
+    if here and here != str(devices):
+        raise UserError(
+            "trainer.devices", f"{devices} with {rank.ranks_here}", f"the number of ranks on a node: {here}"
+        )
+
+
+def _of_torch(environment: Mapping[str, str]) -> Rank:
+    missing = [name for name in TORCH_VARIABLES if not environment.get(name)]
+    if missing:
+        there = "RANK" if "RANK" in environment else "WORLD_SIZE"
+        raise UserError(
+            missing[0],
+            f"nothing with {there}={environment[there]}",
+            f"{', '.join(TORCH_VARIABLES)} all set, as torchrun does, or neither RANK nor WORLD_SIZE",
+        )
+    ranks = _whole(environment, "WORLD_SIZE", at_least=1)
+    number = _whole(environment, "RANK", below=("WORLD_SIZE", ranks))
+    here = environment.get("LOCAL_WORLD_SIZE", "")
+    local = _whole(
+        environment,
+        "LOCAL_RANK",
+        below=("LOCAL_WORLD_SIZE", _whole(environment, "LOCAL_WORLD_SIZE", at_least=1))
+        if here
+        else ("WORLD_SIZE", ranks),
+    )
+    return Rank(
+        number=number,
+        local=local,
+        ranks=ranks,
+        counted=f"WORLD_SIZE={ranks}",
+        ranks_here=f"LOCAL_WORLD_SIZE={here}" if here else "",
+        node=_whole(environment, "GROUP_RANK") if environment.get("GROUP_RANK") else 0,
+        address=environment["MASTER_ADDR"],
+        port=_whole(environment, "MASTER_PORT", at_least=1, below=("65536, the number of ports", 65536)),
+    )
+
+
+def _of_slurm(environment: Mapping[str, str]) -> Rank | None:
+    counted = _tasks_variable(environment)
+    for name in (counted, "SLURM_LOCALID", "SLURM_JOB_ID"):
+        if not environment.get(name):
+            raise UserError(
+                name, f"nothing with SLURM_PROCID={environment['SLURM_PROCID']}", "what srun sets for each of its tasks"
+            )
+    ranks = _whole(environment, counted, at_least=1)
+    number = _whole(environment, "SLURM_PROCID", below=(counted, ranks))
+    local = _whole(environment, "SLURM_LOCALID", below=(counted, ranks))
+    if ranks == 1:
+        return None
+    here = environment.get("SLURM_NTASKS_PER_NODE", "")
+    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+    step = environment.get("SLURM_STEP_ID", "0")
+    job = _whole(environment, "SLURM_JOB_ID")
+    if not environment.get("MASTER_PORT"):  # the same on all ranks, another one for each job and step
+        port = 20000 + (job * 64 + int(step if step.isdecimal() else 0)) % 20000
+    else:
+        port = _whole(environment, "MASTER_PORT", at_least=1, below=("65536, the number of ports", 65536))
+    return Rank(
+        number=number,
+        local=local,
+        ranks=ranks,
+        counted=f"{counted}={ranks}",
+        ranks_here=f"SLURM_NTASKS_PER_NODE={here}" if here.isdecimal() else "",
+        node=_whole(environment, "SLURM_NODEID") if environment.get("SLURM_NODEID") else 0,
+        address=environment.get("MASTER_ADDR") or first_host(nodes),
+        port=port,
+    )
+
+
+def _tasks_variable(environment: Mapping[str, str]) -> str:
+    return "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+
+
+def first_host(nodes: str) -> str:
+    """Of SLURM's list of nodes: `gpu[07-09,12],login1` -> gpu07."""
+    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", nodes).split(",")[0]
+
+
+def _whole(environment: Mapping[str, str], name: str, at_least: int = 0, below: tuple[str, int] | None = None) -> int:
+    """A variable's whole number.
+
+    Raises:
+        UserError: it is none, or out of bounds; `below` is what sets the upper one, and what that is.
+    """
+    text = environment[name]
+    if not text.isdecimal() or int(text) < at_least:
+        raise UserError(name, repr(text), f"a whole number, at least {at_least}")
+    if below is not None and int(text) >= below[1]:
+        limit = below[0] if below[0][0].isdecimal() else f"{below[0]}={below[1]}"
+        raise UserError(name, text, f"below {limit}")
+    return int(text)
+
+
+class Meeting:
+    """What the ranks of a launch tell each other.
+
+    Raises (making one):
+        UserError: the port is another program's, or rank 0 did not come.
+    """
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank = rank
+        self.store = _connect(rank)
+        self.announced = 0
+        self._ended = threading.Event()
+        # for torch, Lightning and this rank's own children: the process group meets at the same store
+        os.environ.update(
+            RANK=str(rank.number),
+            WORLD_SIZE=str(rank.ranks),
+            LOCAL_RANK=str(rank.local),
+            GROUP_RANK=str(rank.node),
+            MASTER_ADDR=rank.address,
+            MASTER_PORT=str(rank.port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
+        )
+        if rank.number == 0:
+            threading.Thread(target=self._beat, daemon=True).start()
+
+    def _beat(self) -> None:
+        store, beats = _client(self.rank), 0
+        with contextlib.suppress(RuntimeError):
+            while not self._ended.wait(BEAT_SECONDS):
+                beats += 1
+                store.set("beats", str(beats))
+
+    def announce(self, message: dict[str, Any]) -> int:
+        """Rank 0: tell the others the next thing to do; returns its number."""
+        self.announced += 1
+        self.store.set(f"message/{self.announced}", json.dumps(message))
+        return self.announced
+
+    def next_message(self) -> dict[str, Any]:
+        """The others: what rank 0 announces next.
+
+        Raises:
+            RankLost: rank 0 is gone.
+        """
+        self.announced += 1
+        key, beats, heard = f"message/{self.announced}", b"", time.monotonic()
+        try:
+            while not self.store.check([key]):
+                now = self.store.get("beats") if self.store.check(["beats"]) else b""
+                if now != beats:
+                    beats, heard = now, time.monotonic()
+                if time.monotonic() - heard > SILENCE_SECONDS:
+                    raise RankLost(f"rank 0 did not answer for {SILENCE_SECONDS} s; {CONTINUES}", self.rank.number == 1)
+                time.sleep(0.1)
+            return dict(json.loads(self.store.get(key)))
+        except RuntimeError as error:
+            raise RankLost(f"rank 0 was lost; {CONTINUES}", self.rank.number == 1) from error
+
+    def left(self, job: int, how: str) -> None:
+        """Say that this rank has left a training: `ended`, `failed` with an error that it tells, or `lost` others."""
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"{job}/{self.rank.number}", how)
+
+    def has_left(self, job: int, number: int, within: float) -> bool:
+        """Whether another rank has left a training too, or does so within some seconds."""
+        deadline = time.monotonic() + within
+        with contextlib.suppress(RuntimeError):
+            while time.monotonic() < deadline:
+                if self.store.check([f"{job}/{number}"]):
+                    return True
+                time.sleep(0.1)
+        return False
+
+    def lost(self, job: int, error: BaseException, timeout: int) -> RankLost:
+        """Find out who is missing, after the others did not answer this rank."""
+        number = self.rank.number
+        self.left(job, "lost")
+        abort_communication()  # so that those who wait for this rank learn of it
+        missing, failed, lost = set(range(self.rank.ranks)) - {number}, False, {number}
+        deadline = time.monotonic() + ANSWER_SECONDS
+        try:
+            while missing and time.monotonic() < deadline:
+                for other in sorted(missing):
+                    if self.store.check([f"{job}/{other}"]):
+                        how = self.store.get(f"{job}/{other}")
+                        failed |= how == b"failed"
+                        lost |= {other} if how == b"lost" else set()
+                        missing.remove(other)
+                time.sleep(0.1)
+        except RuntimeError:  # the store is gone, and who keeps it
+            missing, lost = {0}, {number} if number == 1 else {1}
+        if failed and not missing:
+            return RankLost("", False)
+        return RankLost(describe_missing(missing, error, timeout), number == min(lost))
+
+    def end(self, exit_code: int) -> None:
+        """Rank 0: let the others end too, and keep the store until they have heard it."""
+        self._ended.set()
+        with contextlib.suppress(RuntimeError):
+            self.announce({"exit_code": exit_code})
+            deadline = time.monotonic() + ANSWER_SECONDS / 2
+            others = [f"bye/{number}" for number in range(1, self.rank.ranks)]
+            while not self.store.check(others) and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+    def leave(self) -> None:
+        """The others: the last word."""
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"bye/{self.rank.number}", "1")
+
+
+class RankLost(Exception):
+    """Another rank of the run is gone or does not answer.
+
+    Args:
+        message: one sentence.
+        tells: whether this rank is the one to tell it.
+    """
+
+    exit_code = LOST
+
+    def __init__(self, message: str, tells: bool) -> None:
+        super().__init__(message if tells else "")
+
+
+def describe_missing(missing: set[int], error: BaseException | None, timeout: int) -> str:
+    names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, sorted(missing)))}"
+    if not missing:
+        cause = f" ({str(error).splitlines()[0][:200]})" if error is not None and str(error) else ""
+        return f"the ranks lost the connection to each other{cause}; {CONTINUES}"
+    if error is not None and re.search("timed? ?out", str(error), re.IGNORECASE):
+        return f"{names} did not answer for {timeout} s (trainer.timeout); {CONTINUES}"
+    return f"{names} {'were' if len(missing) > 1 else 'was'} lost: killed, or the machine is gone; {CONTINUES}"
+
+
+def communication_error(error: BaseException) -> BaseException | None:
+    """The error of talking to other ranks that this one is, or came of."""
+    from torch.distributed import DistError
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, DistError) or (isinstance(seen, RuntimeError) and "/gloo/" in str(seen)):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def last_words(text: str) -> None:
+    """Tell why this rank ends: on rank 0 here, on others to who started them, who tells what rank 0 does not."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+        return
+    from torch.distributed import TCPStore
+
+    with contextlib.suppress(RuntimeError):
+        port = int(os.environ["MASTER_PORT"])
+        store = TCPStore(os.environ["MASTER_ADDR"], port, None, False, timedelta(seconds=10), False)
+        store.set(f"words/{os.environ['RANK']}", text)
+
+
+def exit_now(exit_code: int) -> NoReturn:
+    """End without waiting for threads that talk to ranks which are gone, and would abort the process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def abort_communication() -> None:
+    from torch.distributed import distributed_c10d, is_initialized
+
+    if is_initialized():
+        with contextlib.suppress(RuntimeError, ValueError):
+            distributed_c10d._abort_process_group()
+
+
+def _connect(rank: Rank) -> Store:
+    from torch.distributed import DistError, PrefixStore, TCPStore
+
+    if rank.number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        try:
+            server = TCPStore(rank.address, rank.port, None, True, timedelta(seconds=MEET_SECONDS), False)
+        except (DistError, RuntimeError) as error:
+            raise UserError(
+                "MASTER_PORT", f"{rank.port}, which is in use", "a port that is free on the node of rank 0"
+            ) from error
+        return PrefixStore(_prefix(), server)
+    deadline = time.monotonic() + MEET_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection((rank.address, rank.port), timeout=10):
+            break
+        time.sleep(0.2)
+    try:
+        return _client(rank)
+    except RuntimeError as error:
+        raise UserError(
+            "MASTER_ADDR", f"{rank.address}:{rank.port}, where rank 0 is not", "the address of rank 0, and a free port"
+        ) from error
+
+
+def _client(rank: Rank) -> Store:
+    from torch.distributed import PrefixStore, TCPStore
+
+    return PrefixStore(_prefix(), TCPStore(rank.address, rank.port, None, False, timedelta(seconds=10), False))
+
+
+def _prefix() -> str:
+    """Of this launch's keys: torchrun's agent may keep its store over restarts."""
+    return f"sparse-pretrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"

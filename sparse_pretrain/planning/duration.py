@@ -1,0 +1,147 @@
+"""How long an optimizer step takes: assumptions, or measured rates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparse24.dispatch import LayerShape
+
+from sparse_pretrain.config import TrainConfig
+from sparse_pretrain.models.count import BACKWARD as BACKWARD_FLOP
+from sparse_pretrain.planning import rates as measurements
+from sparse_pretrain.planning.communication import BACKWARD, BETWEEN, PASSES, Traffic
+from sparse_pretrain.planning.memory import Layout, has_kernels, input_is_sparse
+from sparse_pretrain.planning.network import Network
+from sparse_pretrain.planning.rates import Measured
+from sparse_pretrain.sparsity.schedule import PhaseSchedule
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOP of one device in an optimizer step, computed as dense ones.
+
+    total: all; sparse: those of products that the recipe makes 2:4.
+    """
+
+    total: float
+    sparse: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of an optimizer step. exposed: of communication that nothing hides; unhidden: if nothing hid any."""
+
+    compute: float
+    exposed: float
+    unhidden: float
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.exposed
+
+    @property
+    def seconds_unhidden(self) -> float:
+        return self.compute + self.unhidden
+
+
+def examples_per_device(cfg: TrainConfig, layout: Layout) -> int:
+    """In an optimizer step."""
+    return cfg.trainer.batch_size // layout.world
+
+
+def work(network: Network, cfg: TrainConfig, layout: Layout, checkpointing: bool) -> Work:
+    """Products and attention, forward and twice that backward; blocks once more with activation checkpointing; a
+    forward pass for each teacher, as if it were of this size."""
+    examples, tokens = examples_per_device(cfg, layout), cfg.data.tokens_per_example
+    forward = network.forward_flop(tokens)
+    again = network.block_flop(tokens) if checkpointing else 0
+    total = forward * (1 + BACKWARD_FLOP + len(cfg.recipe.teacher.models)) + again
+    sparse = 0
+    for layer in network.sparse:
+        flop = 2 * layer.rows * layer.numel
+        kinds = _kinds(cfg, layout, 1)
+        sparse += flop * (len(kinds) + (checkpointing and layer.name in network.block_of))
+    return Work(total=float(total * examples), sparse=float(sparse * examples))
+
+
+def _kinds(cfg: TrainConfig, layout: Layout, tokens: int) -> list[str]:
+    """The products of a layer that sparse kernels may compute."""
+    recipe = cfg.recipe
+    if not has_kernels(recipe):
+        return []
+    mvue, transposable = recipe.weight_gradient == "mvue", input_is_sparse(recipe)
+    return LayerShape(tokens, 4, 4, layout.dtype, transposable, mvue, fp8=recipe.fp8).sparse_kinds()
+
+
+def sparse_share(cfg: TrainConfig) -> float:
+    """Of the run's steps, those of the sparse phase."""
+    if cfg.recipe.projection == "none":
+        return 0.0
+    schedule = PhaseSchedule.from_config(cfg.recipe.schedule, cfg.trainer.steps)
+    return max(schedule.finetune_start - schedule.warmup_end, 0) / cfg.trainer.steps
+
+
+def step_time(compute: float, micro_batches: int, sent: Sequence[Traffic], bytes_per_second: float) -> Step:
+    """Communication within passes hides behind compute, as far as that lasts: that of the last backward pass behind two
+    thirds of the last micro-batch, that of FSDP behind all. What is between steps hides behind nothing."""
+    seconds = dict.fromkeys((BACKWARD, PASSES, BETWEEN), 0.0)
+    for one in sent:
+        seconds[one.when] += one.bytes / bytes_per_second
+    last = compute / micro_batches * BACKWARD_FLOP / (1 + BACKWARD_FLOP)
+    late = max(seconds[BACKWARD] - last, 0.0)
+    exposed = max(late, seconds[BACKWARD] + seconds[PASSES] - compute) + seconds[BETWEEN]
+    return Step(compute=compute, exposed=exposed, unhidden=sum(seconds.values()))
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What measured products save. seconds: of a step, packing paid for; dense_tflops: of the dense products, measured;
+    pairs: for each shape what was taken for it."""
+
+    seconds: float
+    dense_tflops: float
+    pairs: list[str]
+
+
+def measured_saving(
+    network: Network, cfg: TrainConfig, layout: Layout, micro_batch: int, checkpointing: bool, found: list[Measured]
+) -> Saving:
+    """Of 2:4 products over dense ones in a step, each by the nearest shape that was measured, in proportion to FLOP.
+
+    Raises:
+        UserError: naming `rates`: nothing near was measured.
+    """
+    micro_batches = examples_per_device(cfg, layout) // micro_batch
+    saved = dense_seconds = flop = 0.0
+    pairs: dict[str, None] = {}
+    for layer in network.sparse:
+        tokens = layer.rows * micro_batch
+        for kind in _kinds(cfg, layout, tokens):
+            one = measurements.nearest(found, kind, tokens, layer.out_features, layer.in_features)
+            product = 2.0 * tokens * layer.out_features * layer.in_features
+            repeats = micro_batches * (1 + (kind == measurements.FORWARD and checkpointing))
+            scale = repeats * product / one.flop / 1e3
+            saved += scale * (one.dense_ms - one.sparse_ms)
+            saved -= one.packing_ms / 1e3 * layer.numel / (one.out_features * one.in_features)
+            dense_seconds += scale * one.dense_ms
+            flop += repeats * product
+            pairs[
+                f"{kind} of {layer.out_features}x{layer.in_features}, {tokens} tokens: {one.arm} at "
+                f"{one.out_features}x{one.in_features}, {one.tokens} tokens, {one.dense_ms / one.sparse_ms:.2f} x dense"
+            ] = None
+    return Saving(saved, flop / dense_seconds / 1e12 if dense_seconds else 0.0, list(pairs))
+
+
+def needed_speedup(gain: float, dense: Step, sparse: Step, done: Work) -> float | None:
+    """How much faster than dense ones 2:4 products must be for a step that takes `gain` (0 … 1) less time than the
+    dense recipe's; None if infinitely fast ones would not do.
+
+    Args:
+        sparse: a step of the recipe with products as slow as dense ones.
+        done: of a step of the recipe.
+    """
+    share = done.sparse / done.total
+    too_long = sparse.seconds - (1 - gain) * dense.seconds
+    left = 1 - too_long / (share * sparse.compute) if share else 0.0
+    return 1 / left if left > 0 else None
