@@ -173,17 +173,26 @@ def _submits(name: str, options: list[str]) -> bool:
     overrides = [option for option in arguments.overrides if option not in launching]
     multirun = ["-m"] if arguments.multirun else []
     jobs = _preflight(name, [*multirun, *flags, *overrides], elsewhere=True)
+    sizes = sorted({(job.trainer.nodes, job.trainer.devices) for job in jobs})
+    if len(sizes) > 1:
+        raise UserError("trainer.devices", "jobs of several sizes", "one size of all jobs with hydra/launcher=slurm")
     from hydra import compose
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
     from sparse_pretrain import submit
 
     with _configs():
         grid = BasicSweeper.split_arguments(_parse(overrides), max_batch_size=None)[0]
-        composed = compose(
-            file_name(name), overrides=[f"runs_dir={jobs[0].runs_dir}", *launching], return_hydra_config=True
-        )
+        try:
+            composed = compose(
+                file_name(name), overrides=[f"runs_dir={jobs[0].runs_dir}", *launching], return_hydra_config=True
+            )
+        except HydraException as error:
+            known = OmegaConf.load(config_dir() / "hydra" / "launcher" / f"{launcher}.yaml")
+            option = str(getattr(error.__cause__, "full_key", "hydra.launcher"))
+            raise UserError(option, "no such option", [f"hydra.launcher.{key}" for key in known]) from error
         settings: Any = OmegaConf.to_container(composed.hydra.launcher, resolve=True)
     settings["dry_run"] |= dry_run
     submit.submit([[name, *flags, *job] for job in grid], jobs[0].trainer, settings)
@@ -298,10 +307,10 @@ def _preflight(name: str, options: list[str], check: bool = True, elsewhere: boo
             except HydraException as error:
                 raise _explain(error, expected, job) from error
             cfg: Any = schema.load(expected, _plain(composed))
+            if check and not elsewhere and hasattr(cfg, "trainer") and not isinstance(cfg, config.PlanConfig):
+                cluster.check(cfg.trainer)
             if check and isinstance(cfg, config.TrainConfig):
                 crosscheck.check(cfg)
-            if check and not elsewhere and hasattr(cfg, "trainer"):
-                cluster.check(cfg.trainer)
             jobs.append(cfg)
     return jobs
 

@@ -101,9 +101,7 @@ def check(trainer: TrainerConfig, environment: Mapping[str, str] = os.environ) -
         )
     here = rank.ranks_here.partition("=")[2]
     if here and here != str(devices):
-        raise UserError(
-            "trainer.devices", f"{devices} with {rank.ranks_here}", f"the number of ranks on a node: {here}"
-        )
+        raise UserError("trainer.devices", f"{devices} with {rank.ranks_here}", f"the ranks on each node: {here}")
 
 
 def _of_torch(environment: Mapping[str, str]) -> Rank:
@@ -369,16 +367,18 @@ def abort_communication() -> None:
 
 
 def _connect(rank: Rank) -> Store:
-    from torch.distributed import DistError, PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore
 
     if rank.number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        in_use = UserError("MASTER_PORT", f"{rank.port}, which is in use", "a free port of rank 0's node")
         try:
-            server = TCPStore(rank.address, rank.port, None, True, timedelta(seconds=MEET_SECONDS), False)
-        except (DistError, RuntimeError) as error:
-            raise UserError(
-                "MASTER_PORT", f"{rank.port}, which is in use", "a port that is free on the node of rank 0"
-            ) from error
-        return PrefixStore(_prefix(), server)
+            with socket.socket() as server:  # TCPStore itself would try for minutes
+                server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                server.bind(("", rank.port))
+            store = TCPStore(rank.address, rank.port, None, True, timedelta(seconds=MEET_SECONDS), False)
+        except (OSError, RuntimeError) as error:
+            raise in_use from error
+        return PrefixStore(_prefix(), store)
     deadline = time.monotonic() + MEET_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection((rank.address, rank.port), timeout=10):

@@ -43,10 +43,10 @@ def _head(cfg: PlanConfig, plan: Plan) -> list[str]:
     if plan.layout.world > 1:
         spread += f" ({trainer.nodes} x {trainer.devices}), trainer.strategy={trainer.strategy}"
     per_device = trainer.batch_size // plan.layout.world
+    batch = f"{trainer.batch_size} examples of {cfg.data.tokens_per_example} tokens a step"
     return [
         f"{model}; recipe {cfg.recipe.name}",
-        f"{spread}; {trainer.batch_size} examples of {cfg.data.tokens_per_example} tokens a step, {per_device} a device, "
-        f"in {per_device // plan.micro_batch} micro-batches of {plan.micro_batch}",
+        f"{spread}; {batch}, {per_device} a device, in {per_device // plan.micro_batch} x {plan.micro_batch}",
     ]
 
 

@@ -100,6 +100,11 @@ ALLOWED = {
     ],
     "decay_search": ["crosscheck", "config", "schema", "preflight", "runs", "factor_search", "train"],
     "compare": ["config", "errors", "paths", "runs", "train", "reporting"],
+    "planning": [
+        *("config", "config_models", "data", "errors", "hardware", "limits", "models", "optim", "sparsity", "tasks"),
+        "sparse24",
+    ],
+    "plan": ["config", "crosscheck", "planning", "reporting", "runs", "schema"],
     "sweeping": ["cluster", "config", "errors", "interrupt", "runs", "schema", "train", "reporting"],
     "sweep": [
         *("config", "crosscheck", "data", "errors", "hardware", "interrupt", "preflight", "runs", "train"),

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sparse24.backends.base import FORWARD
 from sparse24.dispatch import LayerShape
 
 from sparse_pretrain.config import TrainConfig
 from sparse_pretrain.models.count import BACKWARD as BACKWARD_FLOP
-from sparse_pretrain.planning import rates as measurements
 from sparse_pretrain.planning.communication import BACKWARD, BETWEEN, PASSES, Traffic
 from sparse_pretrain.planning.memory import Layout, has_kernels, input_is_sparse
 from sparse_pretrain.planning.network import Network
-from sparse_pretrain.planning.rates import Measured
+from sparse_pretrain.planning.rates import Measured, nearest
 from sparse_pretrain.sparsity.schedule import PhaseSchedule
 
 
@@ -57,21 +57,20 @@ def work(network: Network, cfg: TrainConfig, layout: Layout, checkpointing: bool
     forward = network.forward_flop(tokens)
     again = network.block_flop(tokens) if checkpointing else 0
     total = forward * (1 + BACKWARD_FLOP + len(cfg.recipe.teacher.models)) + again
-    sparse = 0
+    sparse, kinds = 0, _kinds(cfg, layout)
     for layer in network.sparse:
-        flop = 2 * layer.rows * layer.numel
-        kinds = _kinds(cfg, layout, 1)
-        sparse += flop * (len(kinds) + (checkpointing and layer.name in network.block_of))
+        repeated = checkpointing and layer.name in network.block_of and FORWARD in kinds
+        sparse += 2 * layer.rows * layer.numel * (len(kinds) + repeated)
     return Work(total=float(total * examples), sparse=float(sparse * examples))
 
 
-def _kinds(cfg: TrainConfig, layout: Layout, tokens: int) -> list[str]:
+def _kinds(cfg: TrainConfig, layout: Layout) -> list[str]:
     """The products of a layer that sparse kernels may compute."""
     recipe = cfg.recipe
     if not has_kernels(recipe):
         return []
     mvue, transposable = recipe.weight_gradient == "mvue", input_is_sparse(recipe)
-    return LayerShape(tokens, 4, 4, layout.dtype, transposable, mvue, fp8=recipe.fp8).sparse_kinds()
+    return LayerShape(1, 1, 1, layout.dtype, transposable, mvue, fp8=recipe.fp8).sparse_kinds()
 
 
 def sparse_share(cfg: TrainConfig) -> float:
@@ -117,10 +116,10 @@ def measured_saving(
     pairs: dict[str, None] = {}
     for layer in network.sparse:
         tokens = layer.rows * micro_batch
-        for kind in _kinds(cfg, layout, tokens):
-            one = measurements.nearest(found, kind, tokens, layer.out_features, layer.in_features)
+        for kind in _kinds(cfg, layout):
+            one = nearest(found, kind, tokens, layer.out_features, layer.in_features)
             product = 2.0 * tokens * layer.out_features * layer.in_features
-            repeats = micro_batches * (1 + (kind == measurements.FORWARD and checkpointing))
+            repeats = micro_batches * (1 + (kind == FORWARD and checkpointing and layer.name in network.block_of))
             scale = repeats * product / one.flop / 1e3
             saved += scale * (one.dense_ms - one.sparse_ms)
             saved -= one.packing_ms / 1e3 * layer.numel / (one.out_features * one.in_features)

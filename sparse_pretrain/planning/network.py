@@ -133,8 +133,8 @@ def read_network(cfg: TrainConfig, sizes: Sizes) -> Network:
                 pattern = parse_pattern(recipe.pattern)
                 assert pattern is not None
                 size = (row.out_features, row.in_features // pattern[1], comb(pattern[1], pattern[0]))
-                layer.mask_logits = nn.Parameter(torch.empty(size))  # type: ignore[assignment]
-                logits.add(layer.mask_logits)  # type: ignore[arg-type]
+                layer.mask_logits = nn.Parameter(torch.empty(size))
+                logits.add(layer.mask_logits)
     count = count_model(model, dense, task_class(cfg).example(cfg), cfg.data.tokens_per_example, logits)
     muon = hidden_weights(model) if cfg.optimizer.name == "muon" else set()
     frozen = _frozen(cfg)
@@ -158,7 +158,7 @@ def read_network(cfg: TrainConfig, sizes: Sizes) -> Network:
         sparse=[
             SparseLayer(
                 row.name,
-                tuple(shapes[row.name].weight.shape),  # type: ignore[union-attr, arg-type]
+                tuple(shapes[row.name].weight.shape),  # type: ignore[arg-type]
                 row.out_features,
                 row.in_features,
                 count.rows.get(row.name, 0),
@@ -168,7 +168,7 @@ def read_network(cfg: TrainConfig, sizes: Sizes) -> Network:
             if row.sparse
         ],
         buffers=sum(buffer.nbytes for buffer in dense.buffers()),
-        product_weights={row.name: shapes[row.name].weight.numel() for row in rows},  # type: ignore[union-attr, operator]
+        product_weights={row.name: shapes[row.name].weight.numel() for row in rows},  # type: ignore[operator]
         block_of={row.name: members[shapes[row.name]] for row in rows if shapes[row.name] in members},
         count=count,
         rows=rows,

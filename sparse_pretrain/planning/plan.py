@@ -89,6 +89,8 @@ def make_plan(cfg: PlanConfig) -> Plan:
     if trainer.precision == "fp32" and trainer.peak_tflops is None:
         raise UserError("trainer.precision", "fp32, for which no peak is known", "bf16, or with trainer.peak_tflops")
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(trainer.precision, torch.bfloat16)
+    if cfg.rates is not None and trainer.backend == "dense":
+        raise UserError("rates", f"{cfg.rates} with trainer.backend=dense", "null, or another backend")
     measured = read_rates(cfg.rates, device.name) if cfg.rates is not None else None
     asked = trainer.backend not in ("auto", "dense")
     packed = asked or (measured is not None and trainer.backend == "auto")
@@ -207,8 +209,8 @@ def _assumptions(
     lines.append("memory is the sum of all parts, as if each were largest at the same time")
     if layout.world > 1:
         lines.append(
-            f"collectives are rings at {link}, without latency; DDP's hide behind the last backward pass, FSDP's behind "
-            f"all compute, what is {BETWEEN} behind nothing"
+            f"collectives are rings at {link}, without latency; DDP's hide behind the last backward pass, "
+            f"FSDP's behind all compute, what is {BETWEEN} behind nothing"
         )
     if trainer.nodes == 1 and trainer.devices > USUAL_NODE:
         lines.append(

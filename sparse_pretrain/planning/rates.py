@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparse24.backends.base import KINDS
+
 from sparse_pretrain.errors import UserError
 
-FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "forward", "input_gradient", "weight_gradient"
 FAR = 4.0  # times larger or smaller in one dimension: no rate for a shape any more
 _ALLOWED = "a GPU_DATE.json of `sparse-pretrain bench part=[products]` on a GPU"
-_CASE = re.compile(r"(\d+)x(\d+)\)?, (\d+) tokens: (forward|input_gradient|weight_gradient)$")
+_CASE = re.compile(rf"(\d+)x(\d+)\)?, (\d+) tokens: ({'|'.join(KINDS)})$")
 _DENSE = "dense"
 
 

@@ -62,18 +62,20 @@ def load_trained(path: str, device: torch.device, option: str = "checkpoint") ->
 
 
 def _load_hugging_face(folder: Path, device: torch.device, option: str) -> Trained:
-    """As a run of no steps, with the adapters of an adapter.safetensors beside the weights, as `prune` leaves one.
-    Architectures that ours do not cover are transformers' own models."""
+    """As a run of no steps, with the adapters of an adapter.safetensors beside the weights, as `prune` leaves one, or
+    the N:M sparse layers that `export` names. Architectures that ours do not cover are transformers' own models."""
     model: ModelConfig
+    adapters, recipe = folder / runs.ADAPTER_FILE, RecipeConfig("dense")
     if huggingface.is_known(folder):
         loaded = huggingface.load(folder, option)
         model, sizes, weights = loaded.cfg, Sizes(num_classes=loaded.num_classes), loaded.state_dict
+        if loaded.sparse_layers and not adapters.is_file():
+            recipe = RecipeConfig("exported", "static", loaded.pattern, include=list(loaded.sparse_layers))
         for names, what in ((loaded.missing, "initial weights for"), (loaded.left_behind, "no place for")):
             if names:
                 print(f"  {folder.name}: {what} {', '.join(names)}", file=sys.stderr)
     else:
         model, sizes, weights = HFConfig(name=folder.name, path=str(folder)), Sizes(), None
-    adapters, recipe = folder / runs.ADAPTER_FILE, RecipeConfig("dense")
     if adapters.is_file():
         recipe.adapter, recipe.include = adapters_in(adapters)
     cfg = TrainConfig(model=model, data=_data_of(model, folder.name), recipe=recipe)
@@ -82,7 +84,7 @@ def _load_hugging_face(folder: Path, device: torch.device, option: str) -> Train
         task.model.load_state_dict(weights, strict=False)
     if adapters.is_file():
         load_adapters(task.model, adapters)
-        task.sparse_training.prepare(0)  # from their first step on
+    task.sparse_training.prepare(0)  # adapters and masks are there from the first step on
     return Trained(folder, 0, cfg, task.to(device).eval(), folder / "tokenizer.json")
 
 

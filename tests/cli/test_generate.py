@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from sparse_pretrain import cli, train
+from sparse_pretrain import cli, export, train
 from sparse_pretrain import generate as command
-from sparse_pretrain.config import GenerateConfig
+from sparse_pretrain.config import ExportConfig, GenerateConfig
 from sparse_pretrain.data.corpus import END_OF_TEXT
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.generate import Clock, Form, batches
@@ -91,6 +91,17 @@ def test_packed_weights_write_the_same(causal, seq2seq, say):
             held = {weights: float(re.search(r"; ([\d.]+) MB", err).group(1)) for weights, (_, err) in found.items()}
             assert held["packed"] < held["dense"] < held["sparse"]
             assert f"(dense: {held['dense']:.2f} MB)" in found["packed"][1]
+
+
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_an_exported_folder_can_be_held_packed(causal, say, tmp_path, form):
+    out = tmp_path / form
+    export.run(ExportConfig(checkpoint=str(causal), out=str(out), format=form))
+    expected, _ = say(out, prompt="ab", max_new_tokens=20, weights="dense")
+    assert len(expected) > 10
+    found, held = say(out, prompt="ab", max_new_tokens=20, weights="packed")
+    assert found == expected
+    assert "packed: values and 2-bit metadata in 4 layers" in held
 
 
 def test_any_backend_may_hold_packed_weights(causal, say, monkeypatch):

@@ -45,6 +45,7 @@ class Loaded:
         num_classes: of a vision transformer, else 0.
         tokenizer_path: its tokenizer.json, if there is one.
         sparse_layers: our linear layers whose weights have N:M zeros, if an export of ours says so.
+        pattern: those zeros', as 2:4.
     """
 
     cfg: TransformerConfig
@@ -54,6 +55,7 @@ class Loaded:
     num_classes: int
     tokenizer_path: Path | None
     sparse_layers: tuple[str, ...] = ()
+    pattern: str = "2:4"
 
 
 def load(folder: Path, option: str = "checkpoint") -> Loaded:
@@ -101,6 +103,7 @@ def load(folder: Path, option: str = "checkpoint") -> Loaded:
         num_classes,
         tokenizer if tokenizer.is_file() else None,
         tuple(rule.ours.removesuffix(".weight") for rule in rules if targets.issuperset(rule.theirs)),
+        section.get("sparsity_structure", "2:4"),
     )
 
 
