@@ -384,12 +384,21 @@ def _connect(rank: Rank) -> Store:
         with contextlib.suppress(OSError), socket.create_connection((rank.address, rank.port), timeout=10):
             break
         time.sleep(0.2)
-    try:
-        return _client(rank)
-    except RuntimeError as error:
+    found: list[Store] = []
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError):
+            found.append(_client(rank))
+
+    # in a thread: a client waits without end for the answer of a server of another kind
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    if not found:
         raise UserError(
             "MASTER_ADDR", f"{rank.address}:{rank.port}, where rank 0 is not", "the address of rank 0, and a free port"
-        ) from error
+        )
+    return found[0]
 
 
 def _client(rank: Rank) -> Store:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from sparse_pretrain.planning.plan import Plan, make_plan
 from sparse_pretrain.reporting.table import duration
 from sparse_pretrain.schema import to_dict
 
-GB = 1e9
+GB, WIDTH = 1e9, 120
 HARDWARE_LIMIT = 2.0  # how much faster 2:4 products are at most: half of the multiplications
 
 
@@ -23,14 +24,18 @@ def run(cfg: PlanConfig) -> None:
         UserError: options that do not fit together, a device that is not known, rates that are not there or do not fit.
     """
     crosscheck.check(cfg)
+    out = None if cfg.out is None else Path(cfg.out).expanduser().absolute()
+    if out is not None:
+        with runs.writing(out, "out"):
+            out.parent.mkdir(parents=True, exist_ok=True)
     plan = make_plan(cfg)
     print("\n".join([*_head(cfg, plan), "", *_memory(plan), "", *_traffic(plan), "", *_time(cfg, plan), ""]))
     print("Assumptions")
     for line in plan.assumptions:
-        print(f"  - {line}")
-    if cfg.out is not None:
-        runs.write_json(Path(cfg.out).expanduser().absolute(), as_dict(cfg, plan))
-        print(f"\nwritten: {cfg.out}")
+        print(textwrap.fill(line, WIDTH, initial_indent="  - ", subsequent_indent="    "))
+    if out is not None:
+        runs.write_json(out, as_dict(cfg, plan))
+        print(f"\nwritten: {out}")
 
 
 def _head(cfg: PlanConfig, plan: Plan) -> list[str]:
@@ -90,7 +95,7 @@ def _time(cfg: PlanConfig, plan: Plan) -> list[str]:
     sides = plan.dense, plan.recipe
     rows = [
         ["time", "dense", "recipe"],
-        ["FLOP of a step and device, T", *(f"{side.work.total / 1e12:,.1f}" for side in sides)],
+        ["FLOP of a step and device, T", *(f"{side.work.total / 1e12:,.4g}" for side in sides)],
         ["compute of a step, s", *(f"{side.step.compute:.3g}" for side in sides)],
         ["communication not hidden, s", *(f"{side.step.exposed:.3g}" for side in sides)],
         ["a step, s", *(f"{side.step.seconds:.3g}" for side in sides)],

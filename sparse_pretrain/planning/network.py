@@ -15,11 +15,11 @@ from sparse_pretrain.limits import parse_pattern
 from sparse_pretrain.models.count import BACKWARD, ModelCount, count_model
 from sparse_pretrain.optim.build import hidden_weights
 from sparse_pretrain.sparsity.adapters import attach, make_adapter, with_options_of_file
-from sparse_pretrain.sparsity.swap import LayerRow, select_layers
+from sparse_pretrain.sparsity.swap import select_layers
 from sparse_pretrain.tasks.build import build_model, task_class
 from sparse_pretrain.tasks.task import Sizes, blocks_of
 
-IMAGE_CLASSES, TEXT_CLASSES = 1000, 3  # assumed where only the data would tell
+VOCABULARY, IMAGE_CLASSES, TEXT_CLASSES = 32_768, 1000, 3  # assumed where only the data would tell
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,6 @@ class Network:
         product_weights: numbers of weights of the linear layers and convolutions, by name.
         block_of: the number of the block that each of them is in, if any, by name.
         count: parameters and FLOP.
-        rows: all linear layers and convolutions, as the recipe has them.
     """
 
     blocks: list[list[Parameter]]
@@ -73,7 +72,6 @@ class Network:
     product_weights: dict[str, int]
     block_of: dict[str, int]
     count: ModelCount
-    rows: list[LayerRow]
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -102,9 +100,10 @@ def sizes_of(cfg: TrainConfig) -> tuple[Sizes, list[str]]:
         from sparse_pretrain.data.tokenizer import given_tokenizer_json, load_tokenizer, vocab_size
 
         vocabulary = vocab_size(load_tokenizer(given_tokenizer_json(tokenizer), tokenizer))
-    elif getattr(cfg.model, "vocab_size", None) is None and (vocabulary or tokenizer is not None):
-        vocabulary = vocabulary or 32_768
-        assumed.append(f"the tokenizer is not there yet: a vocabulary of {vocabulary:,} tokens (data.vocab_size)")
+    elif getattr(cfg.model, "vocab_size", None) is None and data.task != "image_classification":
+        source = "data.vocab_size" if vocabulary else "no option says it"
+        vocabulary = vocabulary or VOCABULARY
+        assumed.append(f"the tokenizer is not there yet: a vocabulary of {vocabulary:,} tokens ({source})")
     classes = 0
     if data.task in ("image_classification", "text_classification"):
         classes = IMAGE_CLASSES if data.task == "image_classification" else TEXT_CLASSES
@@ -171,7 +170,6 @@ def read_network(cfg: TrainConfig, sizes: Sizes) -> Network:
         product_weights={row.name: shapes[row.name].weight.numel() for row in rows},  # type: ignore[operator]
         block_of={row.name: members[shapes[row.name]] for row in rows if shapes[row.name] in members},
         count=count,
-        rows=rows,
     )
 
 

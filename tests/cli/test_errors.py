@@ -23,7 +23,7 @@ def error_of(capsys, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["trian"], "command: found trian; allowed: train, finetune, decay-search, compare, sweep, sweep-report, prune, evaluate, generate, export, inspect, sparsest, report, doctor, bench; did you mean train?"),
+        (["trian"], "command: found trian; allowed: train, finetune, decay-search, compare, sweep, sweep-report, plan, prune, evaluate, generate, export, inspect, sparsest, report, doctor, bench; did you mean train?"),
         (["train", "model=gpt2_124"], "did you mean gpt2_124m?"),
         (["train", "recipe=fts"], "did you mean fst?"),
         (["train", "model.d_modell=64"], "model.d_modell: found no such option; allowed: model.d_model"),
@@ -100,6 +100,13 @@ def error_of(capsys, *arguments: str) -> str:
         (["compare", "recipe=ste,sr_ste", "recipe.decay.factor=1e-4"], "recipe.decay.place: found none with a decay factor above 0"),
         (["compare", "trainer.stop_after=5"], "trainer.stop_after: found 5; allowed: null"),
         (["compare", "recipe=ste,fst", "--cfg", "job"], "recipe: found ste,fst; allowed: one value with --cfg"),
+        (["plan", "trainer.devices=7"], "trainer.batch_size: found 512; allowed: a multiple of trainer.devices=7"),
+        (["plan", "device=H10"], "device: found H10; allowed: B200, H200, H100, H100 PCIe, A100, L40S, RTX 4090, RTX 3090; did you mean H100?"),
+        (["plan", "utilization=0"], "utilization: found 0; allowed: at least 0.001 and at most 1"),
+        (["plan", "device=L40S", "trainer.nodes=2"], "network_gbs: found null with trainer.nodes=2; allowed: GB/s of a L40S's share"),
+        (["plan", "trainer.precision=fp32"], "trainer.precision: found fp32, for which no peak is known; allowed: bf16, or with trainer.peak_tflops"),
+        (["plan", "rates=/nowhere.json"], "rates: found /nowhere.json, which cannot be read"),
+        (["plan", "out=/proc/nowhere/plan.json"], "out: found /proc/nowhere/plan.json, which cannot be written"),
         (["compare", "out=/proc/nowhere"], "/proc/nowhere, which cannot be written"),
         (["evaluate"], "checkpoint: found nothing; allowed: a value"),
         (["evaluate", "checkpoint=/nowhere"], "checkpoint: found /nowhere, which holds no whole checkpoint"),
