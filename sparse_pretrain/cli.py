@@ -192,7 +192,7 @@ def _submits(name: str, options: list[str]) -> bool:
         except HydraException as error:
             known = OmegaConf.load(config_dir() / "hydra" / "launcher" / f"{launcher}.yaml")
             option = str(getattr(error.__cause__, "full_key", "hydra.launcher"))
-            raise UserError(option, "no such option", [f"hydra.launcher.{key}" for key in known]) from error
+            raise UserError(option, "no such option", [f"hydra.launcher.{key!s}" for key in known]) from error
         settings: Any = OmegaConf.to_container(composed.hydra.launcher, resolve=True)
     settings["dry_run"] |= dry_run
     submit.submit([[name, *flags, *job] for job in grid], jobs[0].trainer, settings)

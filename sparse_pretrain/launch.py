@@ -20,11 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparse_pretrain import cluster
-from sparse_pretrain.cluster import CONTINUES, LOST, Meeting, Rank, RankLost
+from sparse_pretrain import cluster, meeting
+from sparse_pretrain.cluster import LOST, Rank
 from sparse_pretrain.config import TrainConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.interrupt import SIGNALS, Interrupted, before_the_first_step
+from sparse_pretrain.meeting import CONTINUES, Meeting, RankLost
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -72,7 +73,7 @@ def together(rank: Rank, command: Callable[[], None]) -> None:
     global _meeting
     _meeting = Meeting(rank)
     if rank.number > 0:
-        cluster.exit_now(_follow(_meeting))
+        meeting.exit_now(_follow(_meeting))
     exit_code = 1
     try:
         command()
@@ -85,29 +86,31 @@ def together(rank: Rank, command: Callable[[], None]) -> None:
         raise
     finally:
         _meeting.end(exit_code)
-        cluster.abort_communication()  # its threads would abort the process as it exits
+        meeting.abort_communication()  # its threads would abort the process as it exits
         if exit_code == LOST:
-            cluster.exit_now(LOST)
+            meeting.exit_now(LOST)
 
 
-def _follow(meeting: Meeting) -> int:
+def _follow(ranks: Meeting) -> int:
     """Train what rank 0 announces; returns the exit code that it ends with, or that of this rank's own failure."""
     try:
         with before_the_first_step():
+            from sparse_pretrain import worker  # noqa: F401  takes a while: now, not when rank 0 waits for it
+
             while True:
-                message = meeting.next_message()
+                message = ranks.next_message()
                 if "exit_code" in message:
-                    meeting.leave()
+                    ranks.leave()
                     return int(message["exit_code"])
-                job = meeting.announced
+                job = ranks.announced
                 try:
-                    _train(meeting, job, Path(message["run_dir"]), message["timeout"])
+                    _train(ranks, job, Path(message["run_dir"]), message["timeout"])
                 except RankLost:
                     raise
                 except Exception as error:
-                    if meeting.has_left(job, 0, cluster.ANSWER_SECONDS):
+                    if ranks.has_left(job, 0, meeting.ANSWER_SECONDS):
                         continue  # it happened on rank 0 too, which tells it
-                    meeting.left(job, "failed")
+                    ranks.left(job, "failed")
                     if isinstance(error, UserError):
                         print(f"error: {error}", file=sys.stderr)
                     elif not isinstance(error, Interrupted):
@@ -121,7 +124,7 @@ def _follow(meeting: Meeting) -> int:
         return end.exit_code
 
 
-def _train(meeting: Meeting, job: int, run_dir: Path, timeout: int) -> None:
+def _train(ranks: Meeting, job: int, run_dir: Path, timeout: int) -> None:
     """`worker.run`, as one rank of several.
 
     Raises:
@@ -132,14 +135,14 @@ def _train(meeting: Meeting, job: int, run_dir: Path, timeout: int) -> None:
     try:
         worker.run(run_dir)
     except Exception as error:
-        cause = cluster.communication_error(error)
+        cause = meeting.communication_error(error)
         if cause is None:
-            meeting.left(job, "ended")
+            ranks.left(job, "ended")
             raise
         for number in SIGNALS:  # torchrun sends one to the others as soon as a rank is gone
             signal.signal(number, signal.SIG_IGN)
-        raise meeting.lost(job, cause, timeout) from None
-    meeting.left(job, "ended")
+        raise ranks.lost(job, cause, timeout) from None
+    ranks.left(job, "ended")
 
 
 def run_ranks(command: list[str], count: int, timeout: int = 0) -> int:
@@ -225,7 +228,7 @@ def _verdict(codes: list[int | None], received: list[int], store: Store, timeout
         print(f"rank {number} was killed by {name}{why}; {CONTINUES}", file=sys.stderr)
     else:
         error = RuntimeError("timed out") if stuck else None
-        print(cluster.describe_missing(stuck, error, timeout), file=sys.stderr)
+        print(meeting.describe_missing(stuck, error, timeout), file=sys.stderr)
     return LOST
 
 

@@ -24,7 +24,7 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from sparse_pretrain import cluster, runs
+from sparse_pretrain import cluster, meeting, runs
 from sparse_pretrain.checkpoint import store
 from sparse_pretrain.checkpoint.callback import AtomicCheckpointIO, CheckpointCallback
 from sparse_pretrain.checkpoint.mirror import Mirror
@@ -91,6 +91,7 @@ def run(run_dir: Path) -> None:
     callbacks = [
         TeacherCallback(run_dir),
         ProductsCallback(run_dir, dtype),
+        TimeoutCallback(cfg.trainer.timeout),
         MetricsCallback(run_dir, count.flop_per_token, peak * 1e12 * cfg.trainer.ranks),
         CheckpointCallback(
             run_dir / runs.CHECKPOINTS,
@@ -163,11 +164,23 @@ def run(run_dir: Path) -> None:
         runs.write_json(run_dir / runs.SUMMARY_FILE, summarize(module, run_dir))
 
 
+class TimeoutCallback(lightning.Callback):
+    """From the first step on, ranks wait for each other as long as `trainer.timeout` says."""
+
+    def __init__(self, seconds: int) -> None:
+        self.seconds = seconds
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.world_size > 1:
+            meeting.set_timeout(self.seconds)
+
+
 def make_strategy(cfg: TrainConfig, training: SparseTraining, saver: Saver) -> Strategy | str:
     """How the ranks of a run work together."""
     if cfg.trainer.ranks == 1:
         return "auto"
-    timeout = timedelta(seconds=cfg.trainer.timeout)
+    # until all have started: trainer.timeout counts from the first step on
+    timeout = timedelta(seconds=max(cfg.trainer.timeout, meeting.MEET_SECONDS))
     if cfg.trainer.strategy == "fsdp":
         return ShardedStrategy(saver, timeout, data_parallel_size=cfg.trainer.ranks, tensor_parallel_size=1)
     # Masks and guards are the same on all ranks, being functions of the same weights, losses and norms: sending them
@@ -297,15 +310,15 @@ def main() -> None:
         return
     except (UserError, Interrupted) as end:
         exit_code = end.exit_code
-        if cluster.communication_error(end) is not None:
+        if meeting.communication_error(end) is not None:
             exit_code = cluster.LOST
         else:
-            cluster.last_words(f"error: {end}" if isinstance(end, UserError) else str(end))
+            meeting.last_words(f"error: {end}" if isinstance(end, UserError) else str(end))
     except Exception as error:
-        exit_code = cluster.LOST if cluster.communication_error(error) is not None else 1
+        exit_code = cluster.LOST if meeting.communication_error(error) is not None else 1
         if exit_code == 1:
             traceback.print_exc()
-    cluster.exit_now(exit_code)
+    meeting.exit_now(exit_code)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ ALLOWED = {
     "reporting": ["config", "schema", "errors", "runs"],
     "worker": [
         "cluster",
+        "meeting",
         "interrupt",
         "objective",
         "config",
@@ -51,7 +52,8 @@ ALLOWED = {
         "tasks",
     ],
     "cluster": ["config", "errors"],
-    "launch": ["cluster", "config", "errors", "interrupt", "worker"],
+    "meeting": ["cluster", "errors"],
+    "launch": ["cluster", "config", "errors", "interrupt", "meeting", "worker"],
     "crosscheck": ["config", "config_models", "config_data", "errors", "limits", "objective"],
     "preflight": [
         "models",
