@@ -181,7 +181,12 @@ def _submits(name: str, options: list[str]) -> bool:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
-    from sparse_pretrain import submit
+    try:
+        from sparse_pretrain import submit
+    except ImportError as error:
+        raise UserError(
+            "hydra/launcher", f"{launcher}, but no submitit", LAUNCHERS[:1], "Install sparse-pretrain[slurm]"
+        ) from error
 
     with _configs():
         grid = BasicSweeper.split_arguments(_parse(overrides), max_batch_size=None)[0]

@@ -5,6 +5,7 @@ Not through Hydra's launcher plugin, which runs a function in the job: a run nee
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -21,8 +22,6 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from sparse_pretrain.config import TrainerConfig
 from sparse_pretrain.errors import UserError
-
-INTERRUPTED = 75
 
 
 class Job:
@@ -54,7 +53,8 @@ class Job:
         """Called by submitit when the job is about to be ended: what to run when it starts again."""
         if self._process is not None:
             self._process.send_signal(signal.SIGUSR1)
-            self._process.wait()
+            with contextlib.suppress(ChildProcessError):  # not `wait`, in which the signal has found this process
+                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(Job(self.arguments, self.folder))
 
 

@@ -87,7 +87,12 @@ def run(run_dir: Path) -> None:
     peak, peak_source = (cfg.trainer.peak_tflops, "given") if cfg.trainer.peak_tflops else peak_tflops(device, dtype)
     identifier = runs.run_id(run_dir)
     mirror = cfg.trainer.checkpoint_mirror and Mirror(cfg.trainer.checkpoint_mirror, run_dir.name)
-    saver = Saver(cfg.trainer.checkpoints_kept, cfg.trainer.async_checkpoints, mirror or None)
+    saver = Saver(
+        cfg.trainer.checkpoints_kept,
+        cfg.trainer.async_checkpoints,
+        mirror or None,
+        timedelta(seconds=cfg.trainer.timeout),
+    )
     callbacks = [
         TeacherCallback(run_dir),
         ProductsCallback(run_dir, dtype),

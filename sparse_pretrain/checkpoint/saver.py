@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,9 @@ from torch import Tensor
 
 from sparse_pretrain.checkpoint import store
 from sparse_pretrain.checkpoint.mirror import Mirror
+from sparse_pretrain.errors import UserError
+
+RETRY_SECONDS = 5
 
 
 class Saver:
@@ -21,10 +27,13 @@ class Saver:
         mirror: gets a copy of each.
         background: whether `save` returns as soon as the state is copied, to the CPU. What goes wrong then is raised by
             the next `save` or `wait`.
+        timeout: how long a rank waits for another there.
     """
 
-    def __init__(self, kept: int, background: bool = False, mirror: Mirror | None = None) -> None:
-        self.kept, self.mirror = kept, mirror
+    def __init__(
+        self, kept: int, background: bool = False, mirror: Mirror | None = None, timeout: timedelta | None = None
+    ) -> None:
+        self.kept, self.mirror, self.timeout = kept, mirror, timeout
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._pending: Future[None] | None = None
         self._group: Any = None
@@ -43,11 +52,17 @@ class Saver:
             self._save(state, folder, together)
             return
         if together and self._group is None:  # of its own: its messages must not meet those of training
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(backend="gloo", timeout=self.timeout)
         self._pending = self._thread.submit(self._save, _copy(state), folder, together)
 
     def _save(self, state: dict[str, Any], folder: Path, together: bool) -> None:
-        store.save(state, folder, together, self._group)
+        try:
+            store.save(state, folder, together, self._group)
+        except UserError as error:  # a network file system may be back soon
+            if not together or torch.distributed.get_rank() == 0:
+                print(f"{error}; once more in {RETRY_SECONDS} s", file=sys.stderr, flush=True)
+            time.sleep(RETRY_SECONDS)
+            store.save(state, folder, together, self._group)
         if not together or torch.distributed.get_rank() == 0:
             store.prune(folder.parent, self.kept)
             if self.mirror is not None:

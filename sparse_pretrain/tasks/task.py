@@ -209,8 +209,8 @@ class Task(lightning.LightningModule):
         return counts / self._mean_over_ranks(counts.sum()).clamp(min=1)
 
     def _sync_gradients(self, last: bool) -> Any:
-        """With DDP gradients are exchanged between ranks with the last micro-batch only; with FSDP2 with each, so that no
-        rank holds whole ones in between."""
+        """With DDP gradients are exchanged between ranks with the last micro-batch only; with FSDP2 with each, so that
+        no rank holds whole ones in between."""
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if not last and isinstance(strategy, ParallelStrategy) else nullcontext()
 

@@ -189,6 +189,7 @@ def test_what_goes_wrong_in_the_background_is_told(tmp_path, monkeypatch):
     def full(self, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    monkeypatch.setattr("sparse_pretrain.checkpoint.saver.RETRY_SECONDS", 0)
     saver = Saver(kept=2, background=True)
     with monkeypatch.context() as patch:
         patch.setattr(files._HashingStream, "write", full)
