@@ -149,7 +149,19 @@ ALLOWED = {
     "exposition": ["config", "errors", "limits", "reporting", "seeds", "sparse24"],
     "sparsest": ["config", "errors", "exposition", "hardware", "limits", "reporting", "runs"],
     "submit": ["config", "errors"],
-    "cli": ["cluster", "config", "launch", "submit", "schema", "crosscheck", "errors", "paths", "compare", "interrupt", "sweep"],
+    "cli": [
+        "cluster",
+        "config",
+        "launch",
+        "submit",
+        "schema",
+        "crosscheck",
+        "errors",
+        "paths",
+        "compare",
+        "interrupt",
+        "sweep",
+    ],
 }
 NEVER_IN_SPARSE24 = ("lightning", "hydra", "omegaconf", "transformers", "sparse_pretrain")
 
