@@ -168,6 +168,7 @@ class LoggerConfig:
     wandb_mode: str = "offline"
     wandb_project: str = "sparse-pretrain"
     wandb_entity: str | None = None
+    wandb_artifact: bool = False  # of a complete run: config, tokenizer and last checkpoint
 
 
 @dataclass

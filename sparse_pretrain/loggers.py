@@ -11,7 +11,17 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from sparse_pretrain.config import LoggerConfig
-from sparse_pretrain.runs import METRICS_COLUMNS, METRICS_FILE, read_rows, write_text, writing
+from sparse_pretrain.runs import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    METRICS_COLUMNS,
+    METRICS_FILE,
+    RUN_FILE,
+    TOKENIZER_FILE,
+    read_rows,
+    write_text,
+    writing,
+)
 
 
 class CsvLogger(Logger):
@@ -73,6 +83,21 @@ def build_loggers(
             )
         )
     return loggers
+
+
+def log_artifact(loggers: list[Logger], run_dir: Path, checkpoint: Path) -> None:
+    """Give Weights & Biases a run folder with what is needed to go on from `checkpoint`, or to evaluate it."""
+    for logger in loggers:
+        if not isinstance(logger, WandbLogger):
+            continue
+        import wandb
+
+        artifact = wandb.Artifact(run_dir.name, type="model")
+        for name in (CONFIG_FILE, RUN_FILE, TOKENIZER_FILE):
+            if (run_dir / name).is_file():
+                artifact.add_file(str(run_dir / name), name)
+        artifact.add_dir(str(checkpoint), f"{CHECKPOINTS}/{checkpoint.name}")
+        logger.experiment.log_artifact(artifact)
 
 
 def close_loggers(loggers: list[Logger]) -> None:

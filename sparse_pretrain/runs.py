@@ -2,7 +2,7 @@
 
 RUN_DIR/
     config.yaml     the whole config, resolved
-    run.json        id, command, versions, hardware, corpus, model size, table of layers
+    run.json        id, command, git commit, versions, hardware, corpus, model size, table of layers
     tokenizer.json  a copy of the tokenizer
     metrics.csv     one row per logged step
     masks/          corners of a few masks, over time
@@ -21,6 +21,7 @@ import io
 import json
 import os
 import secrets
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -224,3 +225,20 @@ def run_id(run_dir: Path) -> str:
     """The run's id, kept over restarts (loggers use it to go on with the same run)."""
     known = read_json(run_dir / RUN_FILE).get("id")
     return known or secrets.token_hex(4)
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """The commit of the git checkout that `folder` is in, and whether tracked files differ from it; None = it is in no
+    checkout, or git is not installed."""
+
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {
+            "commit": ask("rev-parse", "HEAD"),
+            "changed": bool(ask("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -70,6 +70,7 @@ def run(cfg: TrainConfig, command: str = "") -> Path:
                 **runs.read_json(run_dir / runs.RUN_FILE),
                 "id": runs.run_id(run_dir),
                 "command": command,
+                "git": runs.git_state(Path.cwd()),
                 "data": str(data.folder),
                 "teachers": {
                     path: {"folder": str(teacher.folder), "sha256": teacher.sha256}

@@ -36,7 +36,7 @@ from sparse_pretrain.data.token_store import TokenStore
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.hardware import device_name, peak_tflops, pick_device, precision_dtype
 from sparse_pretrain.interrupt import Interrupted, before_the_first_step
-from sparse_pretrain.loggers import build_loggers, close_loggers
+from sparse_pretrain.loggers import build_loggers, close_loggers, log_artifact
 from sparse_pretrain.models.count import count_model
 from sparse_pretrain.schema import to_dict
 from sparse_pretrain.sparsity.adapters import load_adapters, save_adapters
@@ -158,6 +158,10 @@ def run(run_dir: Path) -> None:
     )
     try:
         trainer.fit(module, datamodule=batches, ckpt_path=checkpoint, weights_only=True)
+        if cfg.logger.wandb_artifact and module.steps_done == cfg.trainer.steps:
+            log_artifact(
+                trainer.loggers, run_dir, store.checkpoint_folder(run_dir / runs.CHECKPOINTS, cfg.trainer.steps)
+            )
     finally:
         close_loggers(trainer.loggers)
     if module.steps_done < cfg.trainer.steps:

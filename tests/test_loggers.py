@@ -63,14 +63,15 @@ def test_tensorboard_gets_the_same_numbers(tiny, tmp_path):
 def test_wandb_records_offline_without_an_account(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    train.run(tiny("dense", logger=LoggerConfig(wandb=True)))
+    train.run(tiny("dense", logger=LoggerConfig(wandb=True, wandb_artifact=True)))
     (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     assert folder.name.endswith(runs.read_json(tmp_path / "run" / runs.RUN_FILE)["id"])
     (records,) = folder.glob("run-*.wandb")
     deadline = time.monotonic() + 30  # W&B's own process writes them, on a busy machine after `finish` has returned
-    while records.stat().st_size <= 1000 and time.monotonic() < deadline:
+    of_the_artifact = (b"checkpoints/step-00000012/manifest.json", b"config.yaml", b"tokenizer.json")
+    while not all(name in records.read_bytes() for name in of_the_artifact) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert records.stat().st_size > 1000
+    assert all(name in records.read_bytes() for name in of_the_artifact)
 
 
 def test_wandb_online_without_a_login_is_told_before_the_start(tiny, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +57,7 @@ def test_train_ends_with_a_table_and_a_page(trained):
 def test_a_run_folder_says_everything(trained):
     facts = runs.read_json(run_of(trained, "fst") / runs.RUN_FILE)
     assert facts["packages"]["torch"]
+    assert facts["git"] == runs.git_state(Path.cwd())
     assert facts["corpus"]["digest"]
     assert sum(row["sparse"] for row in facts["layers"]) == 4
     summary = runs.read_json(run_of(trained, "fst") / runs.SUMMARY_FILE)
@@ -250,3 +252,19 @@ def test_a_run_records_the_command_that_continues_it(trained, corpus):
     assert command.startswith("sparse-pretrain train ")
     assert "recipe=fst" in command
     assert f"runs_dir={trained[0]}" in command
+
+
+def test_the_git_state_of_a_run(tmp_path, monkeypatch):
+    assert runs.git_state(tmp_path) is None
+    for name in ("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL"):
+        monkeypatch.setenv(name, "someone")
+    (tmp_path / "a").write_text("1")
+    for arguments in (["init", "-q"], ["add", "a"], ["commit", "-qm", "one"]):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True)
+    state = runs.git_state(tmp_path)
+    assert re.fullmatch(r"[0-9a-f]{40}", state["commit"])
+    assert not state["changed"]
+    (tmp_path / "b").write_text("not tracked")
+    assert runs.git_state(tmp_path) == state
+    (tmp_path / "a").write_text("2")
+    assert runs.git_state(tmp_path) == {**state, "changed": True}
