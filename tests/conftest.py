@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models run fastest so; before torch is imported
@@ -17,6 +18,12 @@ from sparse_pretrain.config import OptimizerConfig, SchedulerConfig, TrainConfig
 from sparse_pretrain.config_data import TextConfig
 from sparse_pretrain.config_models import GPTConfig
 from sparse_pretrain.sparsity import load_recipe
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: processes that share the files out then end at about the same time."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True)

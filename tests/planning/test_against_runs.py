@@ -16,6 +16,8 @@ from sparse_pretrain.planning.network import read_network
 from sparse_pretrain.tasks.task import Sizes
 from tests.planning import measure_ranks
 
+pytestmark = pytest.mark.slow
+
 # More weights than scalars, so that a few per cent mean something; d_ff and the vocabulary are no multiples of 4 ranks.
 SIZES = {"model__d_model": 48, "model__d_ff": 132, "model__n_layer": 3, "trainer__steps": 3, "trainer__eval_every": 3}
 SPARSE = {"recipe__schedule__dense_finetune": 0.0}

@@ -23,6 +23,8 @@ from sparse_pretrain.pruning.oats import rank
 from sparse_pretrain.sparsity.adapters import LoRA, adapters_of
 from sparse_pretrain.tasks.trained import load_trained
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 
 OPTIONS = [

@@ -14,6 +14,8 @@ from optuna.trial import TrialState
 from sparse_pretrain import runs
 from sparse_pretrain.sweeping.storage import open_storage
 
+pytestmark = pytest.mark.slow
+
 STEPS, CHECKPOINT_EVERY = 6, 2
 SPACE = """
 optimizer.lr: {type: float, low: 1.0e-4, high: 1.0e-2, log: true}

@@ -6,6 +6,8 @@ import time
 import pytest
 from optuna.trial import TrialState
 
+pytestmark = pytest.mark.slow
+
 SEEDS = "seed: {{type: categorical, choices: {}}}"
 LR = "optimizer.lr: {type: float, low: 1.0e-4, high: 1.0e-2, log: true}"
 

@@ -13,6 +13,8 @@ from tests.tasks.test_recipe_runs import AST, MASKLLM, METRIC, SLOPE, STEP
 from tests.tasks.test_training import assert_same_run, final_state, metrics, phases
 from tests.tasks.toy_tasks import TASKS, task_config
 
+pytestmark = pytest.mark.slow
+
 RECIPES = {
     "dense": ("dense", {}),
     "fst": ("fst", phases()),
@@ -42,7 +44,7 @@ def train_together(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_every_recipe_trains_as_on_one_device(tiny, tmp_path, train_together, ranks):
     """Within rounding: gradients are summed in another order. Masks of nearly equal weights may differ then."""
     options = {"trainer__devices": ranks, "trainer__strategy": "fsdp", "trainer__micro_batch_size": 2}
@@ -133,7 +135,6 @@ def test_checkpoints_written_beside_training_are_the_same(tiny, tmp_path, train_
     assert store.list_steps(tmp_path / "beside" / runs.CHECKPOINTS) == [10, 12]
 
 
-@pytest.mark.slow
 def test_every_objective_is_learned_as_on_one_device(tmp_path, train_together):
     options = {"trainer__steps": 4, "trainer__eval_every": 2}
     fsdp = {"trainer__devices": 2, "trainer__strategy": "fsdp"}
