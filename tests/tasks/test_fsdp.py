@@ -90,6 +90,19 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tiny, tmp_path, train_together):
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_blocks_may_be_compiled_or_recompute_activations(tiny, tmp_path, train_together):
+    options = phases(trainer__devices=2, trainer__strategy="fsdp")
+    ways = {
+        "plain": {},
+        "recomputed": {"model__activation_checkpointing": True},
+        "compiled": {"trainer__compile": True},
+    }
+    train_together([tiny("fst", name, **options, **changes) for name, changes in ways.items()], 2)
+    for name in ways:
+        for a, b in zip(metrics(tmp_path / name), metrics(tmp_path / "plain"), strict=True):
+            assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), rel=1e-4), name
+
+
 def test_each_rank_writes_its_part(tiny, tmp_path, train_together):
     train_together([tiny("fst", trainer__devices=2, trainer__strategy="fsdp")], 2)
     newest, _ = store.newest_valid(tmp_path / "run" / runs.CHECKPOINTS)
