@@ -4,12 +4,13 @@ the losses of a run that nothing happened to, and loses at most what was done si
 import random
 import re
 import signal
+import time
 
 import pytest
 
 from sparse_pretrain import runs
 from sparse_pretrain.checkpoint import store
-from tests.clusters.conftest import TIMEOUT, wait_for_step
+from tests.clusters.conftest import TIMEOUT
 
 KILLS = 5
 
@@ -26,6 +27,15 @@ def damage(folder, draw) -> None:
         path.write_bytes(content)
 
 
+def wait_for_checkpoint(run_dir, step, process) -> None:
+    """A whole one: rows and damaged ones of before are there until the process has begun."""
+    deadline = time.monotonic() + TIMEOUT
+    while (newest := store.newest_valid(run_dir / runs.CHECKPOINTS)[0]) is None or store.step_of(newest) < step:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
 def test_a_run_survives(begin, undisturbed, tmp_path):
     draw = random.Random(0)
@@ -36,7 +46,7 @@ def test_a_run_survives(begin, undisturbed, tmp_path):
         devices = draw.choice((1, 2))
         strategy = draw.choice(("fsdp", "fsdp", "ddp"))
         process = begin(run_dir, *options, f"trainer.devices={devices}", f"trainer.strategy={strategy}")
-        wait_for_step(run_dir, done + draw.randint(11, 30), process)
+        wait_for_checkpoint(run_dir, done + draw.randint(1, 25), process)
         if draw.random() < 0.5:  # the moment at which a checkpoint is written
             writing = run_dir / runs.CHECKPOINTS
             while process.poll() is None and not list(writing.glob(".step-*.partial")):
