@@ -17,6 +17,7 @@ from sparse_pretrain.config_data import TextConfig
 from sparse_pretrain.data.build import data_module
 from sparse_pretrain.data.sources import file_documents, find_files
 from sparse_pretrain.data.tokenizer import load_tokenizer
+from sparse_pretrain.data.tokenizer_files import checkpoint_tokenizer
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.evaluate import recorded_data
 from sparse_pretrain.models.huggingface import is_hugging_face
@@ -87,13 +88,10 @@ def calibration(cfg: PruneConfig, trained: Trained) -> Calibration:
 
 
 def _of_text(cfg: PruneConfig, trained: Trained, seq_len: int) -> list[Batch]:
-    if not trained.tokenizer_path.is_file():
-        raise UserError(
-            "checkpoint", f"{trained.checkpoint}, which has no tokenizer.json", "a model with its tokenizer"
-        )
+    content = checkpoint_tokenizer(trained.tokenizer_path, trained.checkpoint)
+    tokenizer = load_tokenizer(content, str(trained.tokenizer_path))
     files = find_files(cfg.text, "text")
     documents = [document for path in files for document in file_documents(path, "text")]
-    tokenizer = load_tokenizer(trained.tokenizer_path.read_bytes(), str(trained.tokenizer_path))
     masked = objective_of(trained.cfg) == MASKED_LM
     rows = windows(documents, tokenizer, cfg.samples, seq_len + (not masked), cfg.seed)
     parts = rows.split(cfg.batch_size)

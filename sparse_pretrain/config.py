@@ -94,6 +94,13 @@ class RecipeConfig:
     include: list[str] | None = None  # layer name patterns; null = the FFN of every block
     exclude: list[str] = field(default_factory=list)
 
+    @property
+    def input_is_sparse(self) -> bool:
+        """Whether the weight in dX = dY W is 2:4 along out_features."""
+        return self.input_gradient == "double_pruned" or (
+            self.projection == "transposable" and self.input_gradient == "same"
+        )
+
 
 @dataclass
 class OptimizerConfig:

@@ -18,7 +18,7 @@ from sparse_pretrain.data.corpus import Split
 from sparse_pretrain.data.sources import file_documents, find_files
 from sparse_pretrain.data.token_store import TokenStore
 from sparse_pretrain.data.tokenizer import encode_documents, load_tokenizer, vocab_size
-from sparse_pretrain.data.tokenizer_files import FILES, read_tokenizer
+from sparse_pretrain.data.tokenizer_files import checkpoint_tokenizer
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.evaluation.acceptance import tokens_per_pass, total_acceptance
 from sparse_pretrain.evaluation.perplexity import perplexities, text_loss, windows
@@ -104,7 +104,11 @@ def evaluate_text(
         shown["bits per byte"] = f"{figures['bits_per_byte']:.4f}"
     if teacher is not None:
         target = load_teacher(teacher.folder, device, "teacher")
-        size = vocab_size(load_tokenizer(tokenizer_json(trained), str(trained.tokenizer_path)))
+        size = vocab_size(
+            load_tokenizer(
+                checkpoint_tokenizer(trained.tokenizer_path, trained.checkpoint), str(trained.tokenizer_path)
+            )
+        )
         batches: Iterator[Tensor] = (batch for batch, _ in windows(tokens, seq_len, seq_len, cfg.batch_size))
         sums, count = total_acceptance(trained.model, target, batches, size, device, autocast)
         sampled, greedy = (sums / count).tolist()
@@ -122,7 +126,7 @@ def teacher_for(trained: Trained, path: str, seq_len: int) -> TeacherFolder:
         UserError: naming `teacher`: there is none, it has another tokenizer, or it is made for shorter sequences.
     """
     teacher = find_teacher(path, "teacher")
-    if not teacher.has_tokenizer(tokenizer_json(trained)):
+    if not teacher.has_tokenizer(checkpoint_tokenizer(trained.tokenizer_path, trained.checkpoint)):
         raise UserError("teacher", f"{path}, which has another tokenizer than the checkpoint", "one with the same")
     if teacher.max_seq_len is not None and teacher.max_seq_len < seq_len:
         raise UserError(
@@ -145,28 +149,15 @@ def evaluation_tokens(cfg: EvaluateConfig, trained: Trained) -> tuple[np.ndarray
         split: Split = "train" if cfg.split == "train" else "validation"
         return data.split(split), None, f"{data.manifest['name']}, {split} split"
     files = find_files(cfg.text, "text")
-    tokenizer = load_tokenizer(tokenizer_json(trained), str(trained.tokenizer_path))
+    tokenizer = load_tokenizer(
+        checkpoint_tokenizer(trained.tokenizer_path, trained.checkpoint), str(trained.tokenizer_path)
+    )
     documents = [document for path in files for document in file_documents(path, "text")]
     text = "\n".join(documents)
     if cfg.wikitext:  # one text, of which nothing marks the end, as published perplexities have it
         encoded = tokenizer.encode(detokenize_wikitext(text), add_special_tokens=False)
         return np.array(encoded.ids), text, ", ".join(cfg.text)
     return encode_documents(tokenizer, documents, np.int64), text, ", ".join(cfg.text)
-
-
-def tokenizer_json(trained: Trained) -> bytes:
-    """The tokenizer that a model's texts are cut by, in a Hugging Face folder also from a vocab.txt or vocab.json.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = trained.tokenizer_path
-    try:
-        return read_tokenizer(path if path.is_file() else path.parent)
-    except UserError as error:
-        raise UserError(
-            "checkpoint", f"{trained.checkpoint} without a tokenizer", f"one with {' or '.join(FILES)}"
-        ) from error
 
 
 def recorded_data(trained: Trained) -> Store:
@@ -186,7 +177,9 @@ def recorded_data(trained: Trained) -> Store:
         )
     folder = Path(runs.read_json(run_dir / runs.RUN_FILE).get("data", ""))
     data = open_store(folder) if (folder / "manifest.json").is_file() else prepare(trained.cfg.data)
-    if data.tokenizer_path is not None and data.tokenizer_path.read_bytes() != tokenizer_json(trained):
+    if data.tokenizer_path is not None and data.tokenizer_path.read_bytes() != checkpoint_tokenizer(
+        trained.tokenizer_path, trained.checkpoint
+    ):
         raise UserError(
             "checkpoint",
             f"a run whose data ({trained.cfg.data.name}) give another tokenizer here",

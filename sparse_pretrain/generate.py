@@ -18,8 +18,9 @@ from sparse_pretrain.config_data import PairsConfig
 from sparse_pretrain.data.corpus import END_OF_TEXT
 from sparse_pretrain.data.rows import lines
 from sparse_pretrain.data.sources import find_files
-from sparse_pretrain.data.special_tokens import end_of_text_id, special_tokens
+from sparse_pretrain.data.special_tokens import end_of_text_id, frame_of, special_tokens
 from sparse_pretrain.data.tokenizer import load_tokenizer
+from sparse_pretrain.data.tokenizer_files import checkpoint_tokenizer
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.hardware import pick_device, precision_dtype
 from sparse_pretrain.models.generation import Step, beam_search, sample
@@ -124,9 +125,11 @@ class Form:
         if not isinstance(trained.task, CausalLM | ConditionalLM | EncoderDecoder):
             found = f"{trained.checkpoint}, a model of {trained.cfg.data.task} that writes no texts"
             raise UserError("checkpoint", found, "a language model, or one of data.task=text_to_text")
-        tokenizer = load_tokenizer(trained.tokenizer_path.read_bytes(), str(trained.tokenizer_path))
+        tokenizer = load_tokenizer(
+            checkpoint_tokenizer(trained.tokenizer_path, trained.checkpoint), str(trained.tokenizer_path)
+        )
         special, end = special_tokens(tokenizer), end_of_text_id(tokenizer)
-        before, after = _frame(tokenizer)
+        before, after = frame_of(tokenizer)
         data, published = trained.cfg.data, is_hugging_face(trained.checkpoint)
         if not isinstance(data, PairsConfig):
             # In training a document begins after the end of the one before it. A published model knows its own frame,
@@ -150,13 +153,6 @@ class Form:
         if self.continues:
             return self.tokenizer.decode([*self.tokenizer.encode(prompt, add_special_tokens=False).ids, *written])
         return " ".join(self.tokenizer.decode(written).split())
-
-
-def _frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and after a text."""
-    encoding = tokenizer.encode("a")
-    own = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
-    return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
 
 
 class Clock:

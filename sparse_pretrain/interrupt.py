@@ -1,10 +1,13 @@
-"""Signals that ask a run to end: what they raise, and which they are."""
+"""Signals that ask a run to end: what they raise, and which they are; and processes that end with another."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -52,3 +55,17 @@ def ignore_signals(_: int = 0) -> None:
     """For data workers: a signal to the whole process group is the trainer's to answer; they end with it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def die_with(parent: int) -> Callable[[], None]:
+    """For a new process, as `preexec_fn`: on Linux SIGKILL it when the process `parent`, which starts it, is gone, so
+    that nothing trains on unattended."""
+
+    def prepare() -> None:
+        if sys.platform == "linux":
+            pr_set_pdeathsig = 1
+            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+            if os.getppid() != parent:  # gone before that
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return prepare

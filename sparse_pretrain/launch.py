@@ -9,7 +9,6 @@ killed.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -24,7 +23,7 @@ from sparse_pretrain import cluster, meeting
 from sparse_pretrain.cluster import LOST, Rank
 from sparse_pretrain.config import TrainConfig
 from sparse_pretrain.errors import UserError
-from sparse_pretrain.interrupt import SIGNALS, Interrupted, before_the_first_step
+from sparse_pretrain.interrupt import SIGNALS, Interrupted, before_the_first_step, die_with
 from sparse_pretrain.meeting import CONTINUES, Meeting, RankLost
 
 if TYPE_CHECKING:
@@ -181,7 +180,7 @@ def run_ranks(command: list[str], count: int, timeout: int = 0) -> int:
         for number in range(count):
             mine = {**environment, "RANK": str(number), "LOCAL_RANK": str(number)}
             # A session of their own: Ctrl-C reaches them once, through `forward`.
-            ranks.append(subprocess.Popen(command, env=mine, start_new_session=True, preexec_fn=_die_with_parent))
+            ranks.append(subprocess.Popen(command, env=mine, start_new_session=True, preexec_fn=die_with(os.getpid())))
         return _verdict(_wait(ranks), received, store, timeout)
     finally:
         for rank in ranks:
@@ -230,10 +229,3 @@ def _verdict(codes: list[int | None], received: list[int], store: Store, timeout
         error = RuntimeError("timed out") if stuck else None
         print(meeting.describe_missing(stuck, error, timeout), file=sys.stderr)
     return LOST
-
-
-def _die_with_parent() -> None:
-    """Linux: SIGKILL this rank when the launcher is gone, so that none trains on unattended."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

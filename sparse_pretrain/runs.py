@@ -126,13 +126,19 @@ def read_given_config(run_dir: Path) -> TrainConfig:
     path = run_dir / CONFIG_FILE
     if not path.is_file():
         raise UserError("run_dir", run_dir, "a run folder, one that holds config.yaml")
+    values = read_yaml(path)
+    if values is None:
+        raise UserError("run_dir", f"{path}, which is damaged", "a run folder with a whole config.yaml")
+    return load(TrainConfig, values)
+
+
+def read_yaml(path: Path) -> dict[str, Any] | None:
+    """The mapping in a YAML file; None if it holds something else, or is damaged."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
-        values = None
-    if not isinstance(values, dict):
-        raise UserError("run_dir", f"{path}, which is damaged", "a run folder with a whole config.yaml")
-    return load(TrainConfig, values)
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -201,10 +201,13 @@ def make_strategy(cfg: TrainConfig, training: SparseTraining, saver: Saver) -> S
 
 
 def find_checkpoint(cfg: TrainConfig, run_dir: Path) -> Path | None:
-    """The checkpoint to go on from: this run's newest whole one, else the one that `resume` names, if any."""
-    newest, _ = store.newest_valid(run_dir / runs.CHECKPOINTS)  # damaged ones have been told and set aside
-    if newest is not None or cfg.resume in ("auto", "never"):
-        return newest
+    """The checkpoint to go on from: this run's newest one, else the one that `resume` names, if any. Whether it is
+    whole has been seen before the ranks started: not each of them reads all of it for that."""
+    steps = store.list_steps(run_dir / runs.CHECKPOINTS)
+    if steps:
+        return store.checkpoint_folder(run_dir / runs.CHECKPOINTS, steps[-1])
+    if cfg.resume in ("auto", "never"):
+        return None
     return store.resolve(Path(cfg.resume), option="resume")
 
 

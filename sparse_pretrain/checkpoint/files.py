@@ -37,6 +37,8 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from sparse_pretrain.disk import sync_folder
+
 METADATA_FILE, MANIFEST_FILE = "metadata.json", "manifest.json"
 STRUCTURE = "structure"  # all that is no tensor, with names in the places of tensors
 _NAME = "\0tensor:"  # how such a name begins
@@ -163,11 +165,11 @@ class _Writer(FileSystemWriter):
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        _sync_folder(self.partial)
+        sync_folder(self.partial)
         if self.folder.exists():  # a damaged one that was resumed from before
             shutil.rmtree(self.folder)
         os.rename(self.partial, self.folder)
-        _sync_folder(self.folder.parent)
+        sync_folder(self.folder.parent)
 
 
 class _Reader(FileSystemReader):
@@ -253,11 +255,3 @@ class _HashingStream:
 
     def close(self) -> None:
         self.file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

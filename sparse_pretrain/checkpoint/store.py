@@ -56,11 +56,8 @@ def save(state: dict[str, Any], folder: Path, together: bool = False, group: Any
         ) from error
 
 
-def load(folder: Path, place: files.Place | None = None) -> dict[str, Any]:
-    """Read a checkpoint, without running any code from it.
-
-    Args:
-        place: (name, size, dtype) -> the tensor to read into, which may be a `DTensor`; default: a new one on the CPU.
+def load(folder: Path) -> dict[str, Any]:
+    """Read a whole checkpoint to the CPU, without running any code from it.
 
     Raises:
         UserError: it is damaged or incomplete, or is no checkpoint.
@@ -68,7 +65,7 @@ def load(folder: Path, place: files.Place | None = None) -> dict[str, Any]:
     problem = damage(folder)
     if problem:
         raise UserError(str(folder), problem, "a whole checkpoint folder, as RUN_DIR/checkpoints/step-00000100")
-    return files.read(folder, place)
+    return files.read(folder)
 
 
 def damage(folder: Path) -> str | None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from sparse_pretrain.disk import sync_folder
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.paths import cache_dir
 
@@ -80,20 +81,11 @@ def write_atomic(path: Path, chunks: Iterable[bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError:
             with contextlib.suppress(OSError):  # give the room back
                 beside.unlink()
             raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

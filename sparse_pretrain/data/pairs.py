@@ -17,7 +17,7 @@ from sparse_pretrain.data.example_store import prepare as prepare_store
 from sparse_pretrain.data.files import remembered_sha256
 from sparse_pretrain.data.rows import Row, json_rows, lines, open_rows, table_rows, text
 from sparse_pretrain.data.sources import find_files
-from sparse_pretrain.data.special_tokens import end_of_text_id, special_tokens
+from sparse_pretrain.data.special_tokens import end_of_text_id, frame_of, special_tokens
 from sparse_pretrain.data.tokenizer import load_tokenizer, token_dtype, tokenizer_json
 from sparse_pretrain.errors import UserError
 
@@ -57,7 +57,7 @@ def prepare(cfg: PairsConfig) -> ExampleStore:
     content = tokenizer_json(cfg, corpus)
     tokenizer = load_tokenizer(content, str(cfg.tokenizer))
     lengths = (cfg.max_source_len, cfg.max_target_len)
-    before, after = _frame(tokenizer)
+    before, after = frame_of(tokenizer)
     if cfg.max_source_len <= len(before) + len(after):
         raise UserError("data.max_source_len", cfg.max_source_len, f"more than {len(before) + len(after)}")
     special = special_tokens(tokenizer)
@@ -117,13 +117,6 @@ def _encoded(
             if split == "validation":
                 entries["text"] = dict(zip(("source", "target"), pair, strict=True))
             yield split, entries
-
-
-def _frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and after a text."""
-    encoding = tokenizer.encode("a")
-    own = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
-    return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
 
 
 def _tables_of_wikisql(cfg: PairsConfig) -> list[str]:

@@ -15,8 +15,6 @@ ALLOWED = (
     "bpe, wordpiece, or the path of a tokenizer.json, a vocab.txt (BERT), a vocab.json with merges.txt beside it "
     "(GPT-2), or a folder with one of these"
 )
-
-
 FILES = ("tokenizer.json", "vocab.txt", "vocab.json")  # in a folder; the first that is there counts
 
 
@@ -42,6 +40,21 @@ def read_tokenizer(path: Path) -> bytes:
     except Exception as error:  # `tokenizers` raises nothing more specific
         raise UserError("data.tokenizer", f"{path} ({error})", ALLOWED) from error
     return path.read_bytes()
+
+
+def checkpoint_tokenizer(path: Path, checkpoint: Path) -> bytes:
+    """The tokenizer.json that a model's texts are cut by, in a Hugging Face folder also from a vocab.txt or vocab.json.
+
+    Args:
+        path: where a tokenizer.json would be.
+
+    Raises:
+        UserError: naming `checkpoint`: there is none.
+    """
+    try:
+        return read_tokenizer(path if path.is_file() else path.parent)
+    except UserError as error:
+        raise UserError("checkpoint", f"{checkpoint} without a tokenizer", f"one with {' or '.join(FILES)}") from error
 
 
 def wordpiece(vocabulary: list[str]) -> Tokenizer:

@@ -11,7 +11,7 @@ from sparse24.dispatch import LayerShape
 from sparse_pretrain.config import TrainConfig
 from sparse_pretrain.models.count import BACKWARD as BACKWARD_FLOP
 from sparse_pretrain.planning.communication import BACKWARD, BETWEEN, PASSES, Traffic
-from sparse_pretrain.planning.memory import Layout, has_kernels, input_is_sparse
+from sparse_pretrain.planning.memory import Layout, has_kernels
 from sparse_pretrain.planning.network import Network
 from sparse_pretrain.planning.rates import Measured, nearest
 from sparse_pretrain.sparsity.schedule import PhaseSchedule
@@ -69,7 +69,7 @@ def _kinds(cfg: TrainConfig, layout: Layout) -> list[str]:
     recipe = cfg.recipe
     if not has_kernels(recipe):
         return []
-    mvue, transposable = recipe.weight_gradient == "mvue", input_is_sparse(recipe)
+    mvue, transposable = recipe.weight_gradient == "mvue", recipe.input_is_sparse
     return LayerShape(1, 1, 1, layout.dtype, transposable, mvue, fp8=recipe.fp8).sparse_kinds()
 
 

@@ -77,13 +77,6 @@ def has_kernels(recipe: RecipeConfig) -> bool:
     return recipe.projection not in ("none", "learned") and recipe.pattern == "2:4"
 
 
-def input_is_sparse(recipe: RecipeConfig) -> bool:
-    """Whether the weight in dX = dY W is 2:4 along out_features, as `SparseLinear.input_is_sparse`."""
-    return recipe.input_gradient == "double_pruned" or (
-        recipe.projection == "transposable" and recipe.input_gradient == "same"
-    )
-
-
 def _sparse_weight(recipe: RecipeConfig, layout: Layout) -> tuple[float, str]:
     """Bytes for each weight of a sparse layer, and how they are held."""
     size, name = layout.dtype.itemsize, str(layout.dtype).removeprefix("torch.")
@@ -94,7 +87,7 @@ def _sparse_weight(recipe: RecipeConfig, layout: Layout) -> tuple[float, str]:
             return float(size), f"dense, {name}"
         return 2.0 * size, f"dense, {name}, another for the input's gradient"
     packed = PACKED[0] * size + PACKED[1]
-    if input_is_sparse(recipe):
+    if recipe.input_is_sparse:
         return 2 * packed, f"values and metadata, {name}, forward and transposed"
     return packed + size, f"values and metadata, {name}; dense for the input's gradient"
 

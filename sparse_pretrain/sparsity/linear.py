@@ -64,6 +64,7 @@ class SparseLinear(nn.Module):
         assert pattern is not None
         self.pattern = pattern
         self.input_gradient = recipe.input_gradient
+        self.input_is_sparse = recipe.input_is_sparse
         self.weight_gradient = recipe.weight_gradient
         self.fp8 = recipe.fp8
         self.mvue: MvueKey | None = None  # set by SparseTraining
@@ -116,13 +117,6 @@ class SparseLinear(nn.Module):
     def is_sparse(self) -> bool:
         """Whether products use the 2:4 weight (else the dense master weight)."""
         return self.sparse_weight is not None or self.packed is not None
-
-    @property
-    def input_is_sparse(self) -> bool:
-        """Whether the weight in dX = dY W is 2:4 along out_features."""
-        return self.input_gradient == "double_pruned" or (
-            self.projection == "transposable" and self.input_gradient == "same"
-        )
 
     @torch.no_grad()
     def start(self, seed: int) -> None:

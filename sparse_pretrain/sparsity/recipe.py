@@ -186,7 +186,7 @@ class SparseTraining:
         (SLoPe: dW is pruned to the forward mask)."""
         self._reward_masks()
         sparse = self.layers and self.schedule.phase(self.step) == SPARSE
-        if (sparse and self.own_lr) or self._adapters_active(self.step):  # there is something else to train
+        if self._frozen and ((sparse and self.own_lr) or self._adapters_active(self.step)):  # something else to train
             for name, parameter in self.model.named_parameters():
                 if name in self._frozen:
                     parameter.grad = None

@@ -65,11 +65,8 @@ def read(folder: Path) -> dict[str, Any]:
     path = folder / SWEEP_FILE
     if not path.is_file():
         raise UserError("sweep", folder, "the folder of a sweep, one that holds sweep.yaml")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        values = None
-    if not isinstance(values, dict) or not {"command", "study", "storage", *PARTS} <= set(values):
+    values = runs.read_yaml(path)
+    if values is None or not {"command", "study", "storage", *PARTS} <= set(values):
         raise UserError("sweep", f"{path}, which is damaged", "the folder of a sweep, left as it was")
     return values
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from optuna.trial import TrialState
 
 from sparse_pretrain import cluster, runs
-from sparse_pretrain.interrupt import Interrupted
+from sparse_pretrain.interrupt import Interrupted, die_with
 from sparse_pretrain.sweeping.metrics_tail import MetricsTail
 from sparse_pretrain.sweeping.study import REASON, SECONDS, STEPS, Claim, Trials, trial_file
 
@@ -135,7 +133,7 @@ class Runner:
             self._process = subprocess.Popen(
                 [*PROGRAM, str(config), self._command, str(lock)],
                 env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                pass_fds=[lock], start_new_session=True, preexec_fn=_die_with(os.getpid()),
+                pass_fds=[lock], start_new_session=True, preexec_fn=die_with(os.getpid()),
             )  # fmt: skip
         self._deadline = math.inf
 
@@ -157,16 +155,3 @@ class Runner:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         return (errors or lines or [""])[-1]
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    """Linux: SIGKILL this process when the sweep is gone, so that no run trains on unattended."""
-
-    def prepare() -> None:
-        if sys.platform == "linux":
-            pr_set_pdeathsig = 1
-            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-            if os.getppid() != parent:  # gone before that
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    return prepare

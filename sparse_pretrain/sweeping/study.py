@@ -71,12 +71,10 @@ def trial_config(folder: Path, number: int) -> TrainConfig:
         UserError: it is gone or damaged, or of a version with other options.
     """
     path = trial_file(folder, number, ".yaml")
-    try:
-        return load(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
-        raise UserError(
-            "out", f"{path}, which is missing or damaged", "the folder of a sweep, left as it was"
-        ) from error
+    values = runs.read_yaml(path) if path.is_file() else None
+    if values is None:
+        raise UserError("out", f"{path}, which is missing or damaged", "the folder of a sweep, left as it was")
+    return load(TrainConfig, values)
 
 
 def pruner(cfg: SweepConfig) -> optuna.pruners.BasePruner:

@@ -125,22 +125,30 @@ def test_vit(exported, images, distilled):
     torch.testing.assert_close(ours(pixels), theirs(pixels).logits, atol=1e-5, rtol=0)
 
 
-@torch.no_grad()
-def test_a_fine_tuned_classifier(exported, tiny, corpus, tmp_path):
-    model = BertConfig(**SMALL, max_seq_len=16)
-    body = train.run(tiny("ste", run_dir="body", model=model, data__tokenizer="wordpiece", **SPARSE_TO_THE_END))
+def sentences(corpus, tmp_path, body, length):
+    """60 texts of so many words of the corpus, and data of two classes of them, cut as `body` was trained."""
     words = corpus.read_text().split()
-    rows = "".join(f"{' '.join(words[4 * i : 4 * i + 4])}\t{i % 2}\n" for i in range(60))
+    texts = [" ".join(words[4 * i : 4 * i + length]) for i in range(60)]
+    rows = "".join(f"{text}\t{i % 2}\n" for i, text in enumerate(texts))
     (tmp_path / "train.tsv").write_text(f"sentence\tlabel\n{rows}")
     data = SentencesConfig(
         name="tiny", train=[str(tmp_path / "train.tsv")], tokenizer=str(body / TOKENIZER_FILE), seq_len=16, num_workers=0,
         validation_share=0.3,
     )  # fmt: skip
+    return texts, data
+
+
+@torch.no_grad()
+def test_a_fine_tuned_classifier(exported, tiny, corpus, tmp_path):
+    model = BertConfig(**SMALL, max_seq_len=16)
+    body = train.run(tiny("ste", run_dir="body", model=model, data__tokenizer="wordpiece", **SPARSE_TO_THE_END))
+    texts, data = sentences(corpus, tmp_path, body, length=4)
     ours, _, folder, theirs = exported(
         "AutoModelForSequenceClassification", model=model, data=data, init_from=str(body)
     )
     assert theirs.config.id2label == {0: "negative", 1: "positive"}
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    words = texts[0].split()
     batch = tokenizer([words[0], " ".join(words[:3])], return_tensors="pt", padding=True)
     logits = ours(batch["input_ids"], batch["attention_mask"].bool())
     torch.testing.assert_close(logits, theirs(**batch).logits, atol=1e-5, rtol=0)
@@ -150,17 +158,10 @@ def test_a_fine_tuned_classifier(exported, tiny, corpus, tmp_path):
 def test_a_fine_tuned_decoder(exported, tiny, corpus, tmp_path):
     """Whose texts end with the token that fills batches up here, by which transformers would not find their end."""
     body = train.run(tiny("ste", run_dir="body", **SPARSE_TO_THE_END))
-    words = corpus.read_text().split()
-    rows = "".join(f"{' '.join(words[4 * i : 4 * i + 2])}\t{i % 2}\n" for i in range(60))
-    (tmp_path / "train.tsv").write_text(f"sentence\tlabel\n{rows}")
-    data = SentencesConfig(
-        name="tiny", train=[str(tmp_path / "train.tsv")], tokenizer=str(body / TOKENIZER_FILE), seq_len=16, num_workers=0,
-        validation_share=0.3,
-    )  # fmt: skip
+    texts, data = sentences(corpus, tmp_path, body, length=2)
     ours, _, folder, theirs = exported("AutoModelForSequenceClassification", data=data, init_from=str(body))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    for row in rows.splitlines()[:3]:
-        text = row.partition("\t")[0]
+    for text in texts[:3]:
         batch = tokenizer(text, return_tensors="pt")
         assert batch["input_ids"][0, -1] == tokenizer.eos_token_id  # as in fine-tuning
         logits = ours(batch["input_ids"], batch["attention_mask"].bool())

@@ -6,18 +6,13 @@ import yaml
 from sparse_pretrain import cli, sweep
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.sweeping.metrics_tail import MetricsTail
+from tests.cli.test_errors import error_of as error_of_command
 
 LR = "optimizer.lr: {type: float, low: 1.0e-4, high: 1.0e-2, log: true}"
 
 
 def error_of(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["sweep", *arguments])
-    assert stop.value.code == 2
-    text = capsys.readouterr().err
-    assert text.startswith("error: ")
-    assert text.count("\n") == 1
-    return text
+    return error_of_command(capsys, "sweep", *arguments)
 
 
 @pytest.mark.parametrize(

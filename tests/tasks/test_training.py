@@ -223,6 +223,15 @@ def test_a_complete_run_is_left_alone(tiny, tmp_path, capsys):
     assert (tmp_path / "run" / runs.METRICS_FILE).stat().st_mtime_ns == before
 
 
+def test_a_checkpoint_is_verified_once(tiny, monkeypatch):
+    """Not by each rank anew: it may be hundreds of gigabytes."""
+    train.run(tiny("fst", trainer__stop_after=6))
+    verified, damage = [], store.damage
+    monkeypatch.setattr(store, "damage", lambda folder: verified.append(folder.name) or damage(folder))
+    train.run(tiny("fst"))
+    assert verified == ["step-00000006"]
+
+
 def test_accumulation_gives_the_same_training(tiny, tmp_path):
     """MVUE's draws go by position in the batch, so cutting it changes rounding only."""
     train.run(tiny("fst", "one", **phases()))
