@@ -67,7 +67,8 @@ class Runner:
             if time.monotonic() > self._deadline:
                 self.kill()
             return None
-        if runs.is_complete(self.run_dir):
+        diverged = self._verdict is not None and self._verdict.state == TrialState.FAIL
+        if runs.is_complete(self.run_dir) and not diverged:
             return Ended(TrialState.COMPLETE, runs.read_json(self.run_dir / runs.SUMMARY_FILE)["val_loss"])
         end = self._verdict
         if end is None and self._process is not None:
@@ -117,12 +118,12 @@ class Runner:
     def _report(self) -> Ended | None:
         """Tell what is new in the metrics; returns a verdict on a trial that is not to go on."""
         losses = self._tail.read()
-        step, loss = losses[-1] if losses else (None, 0.0)
-        if not math.isfinite(loss):
-            return Ended(TrialState.FAIL, reason=f"diverged: the validation loss at step {step} is {loss}")
+        for step, loss in losses:
+            if not math.isfinite(loss):
+                return Ended(TrialState.FAIL, reason=f"diverged: the validation loss at step {step} is {loss}")
         first = self._process is None  # a trial may have been judged, and its process killed before it was told
         if (losses or first) and self.trials.report(self.claim, losses):
-            return Ended(TrialState.PRUNED, loss)
+            return Ended(TrialState.PRUNED, losses[-1][1] if losses else 0.0)
         return None
 
     def _start(self) -> None:

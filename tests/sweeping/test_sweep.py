@@ -43,10 +43,11 @@ def test_a_grid_goes_in_order_and_more_trials_continue_it(fake, spaces):
     assert len(fake.events("start")) == 4
 
 
-def test_failures_are_told_and_do_not_stop_the_others(fake, spaces):
+@pytest.mark.parametrize("step_seconds", [0.1, 0.0])  # 0: a trial is over before its rows are read
+def test_failures_are_told_and_do_not_stop_the_others(fake, spaces, step_seconds):
     """13 fails, 17 diverges, 19 is killed again and again, 23 once."""
     space = SEEDS.format([1, 13, 17, 19, 23, 2])
-    output, _ = fake.run(*spaces(mine=space), "sampler=grid", "pruner=none", "workers=2", step_seconds=0.1)
+    output, _ = fake.run(*spaces(mine=space), "sampler=grid", "pruner=none", "workers=2", step_seconds=step_seconds)
     found = {trial.params["seed"]: trial for trial in fake.trials()}
     assert {seed for seed, trial in found.items() if trial.state == TrialState.COMPLETE} == {"1", "2", "23"}
     reasons = {
