@@ -286,7 +286,7 @@ def _mvue(bench: Bench, case: str, rows: int, cols: int) -> None:
     dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float16
     sets = sets_needed(2 * rows * cols, bench.device)
     grads = [bench.randn(rows, cols, dtype=dtype, seed=i) for i in range(sets)]
-    position = torch.tensor([3, 0, 1], device=bench.device)
+    position = torch.tensor([3, 0, 1, 0], device=bench.device)
     expected = reference.mvue24(grads[0], reference.uniform24(SEED, 3, 1, rows, cols, 0, bench.device))
 
     def arm(name: str, fragments: bool | None) -> Arm:

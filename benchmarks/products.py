@@ -159,7 +159,7 @@ class _Inputs:
         self.mask = random_mask(out, into, bench.generator())
         self.x = [bench.randn(tokens, into, dtype=shape.dtype, seed=100 + i) for i in range(sets)]
         self.dy = [bench.randn(tokens, out, dtype=shape.dtype, seed=200 + i) for i in range(sets)]
-        self.position = torch.tensor([1, 0, 0], device=bench.device)
+        self.position = torch.tensor([1, 0, 0, 0], device=bench.device)
 
     def dense(self) -> Call:
         """What dense training computes: with the whole weight, with dY as it is."""

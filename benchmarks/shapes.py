@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparse_pretrain.config_models import GPTConfig
-from sparse_pretrain.models.blocks import GATED_ACTIVATIONS
+from sparse_pretrain.config_models import GATED_ACTIVATIONS, GPTConfig
 
 TOKENS = 16384
 FEW_TOKENS: tuple[int, ...] = (16, 32, 64, 128, 256)

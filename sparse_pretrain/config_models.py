@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from sparse_pretrain.schema import Family
 
+GATED_ACTIVATIONS = ("geglu", "swiglu")
+
 
 @dataclass(kw_only=True)
 class ModelConfig(Family):
@@ -30,6 +32,16 @@ class TransformerConfig(ModelConfig):
     bias: bool = True
     dropout: float = 0.0
     activation_checkpointing: bool = False
+
+    @property
+    def ffn_width(self) -> int:
+        """d_ff as given, else 4 d_model, or 8/3 d_model rounded up to a multiple of 64 for the gated activations
+        (Shazeer 2020: the same number of parameters)."""
+        if self.d_ff is not None:
+            return self.d_ff
+        if self.activation in GATED_ACTIVATIONS:
+            return -(-8 * self.d_model // (3 * 64)) * 64
+        return 4 * self.d_model
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ In fp8 (S-STE, arXiv 2409.09099) every operand is quantised with one scale for t
     Y = E4M3(X) E4M3(Ŵ)ᵀ        dX = E5M2(dY) E5M2(Ŵ)        dW = E5M2(MVUE(dY))ᵀ E5M2(X)
 
 Saved for the backward pass: X (in fp8 only E5M2(X)), Ŵ as the dX product wants it (the very tensors, no copy) and,
-for MVUE, where to find the random numbers: three integers instead of a mask, since they are a pure function of (seed,
+for MVUE, where to find the random numbers: four integers instead of a mask, since they are a pure function of (seed,
 step, layer, position).
 """
 
@@ -43,11 +43,21 @@ class MvueKey(NamedTuple):
         tensor beside the counter: an int is compiled in, and many of them hit the limit of recompilations.
     counter: (2,) int64 on any device: optimizer step, and position of the first token in the global batch (a
         multiple of 4). A tensor, so that its values can change without recompiling anything.
+    first_feature: of the layer, that dY begins with: not 0 where its features are spread over devices; as `layer`.
     """
 
     seed: int
     layer: int | Tensor
     counter: Tensor
+    first_feature: int | Tensor = 0
+
+    def position(self) -> Tensor:
+        """(4,) int64: step, first token, layer, first feature. A copy: the trainer moves the counter on in place before
+        the next forward pass."""
+        return torch.cat([self.counter, self._tensor(self.layer), self._tensor(self.first_feature)])
+
+    def _tensor(self, number: int | Tensor) -> Tensor:
+        return number.view(1) if isinstance(number, Tensor) else self.counter.new_full((1,), number)
 
 
 class SparseWeight(NamedTuple):
@@ -63,13 +73,15 @@ class SparseWeight(NamedTuple):
     weight_gradient: str = "dense"
 
 
-def fp8_weight(sparse_weight: Tensor, choice: str = "dense", input_weight: Tensor | None = None) -> SparseWeight:
+def fp8_weight(
+    sparse_weight: Tensor, choice: str = "dense", input_weight: Tensor | None = None, group: str | None = None
+) -> SparseWeight:
     """Ŵ (out_features, in_features) quantised: e4m3 as `choice` wants it for the forward product, e5m2 for dX, which
-    may be with another weight."""
+    may be with another weight. group: see `sparse_linear`."""
     backend, _ = split_choice(choice)
-    quantized, scale = ops.fp8_quantize(sparse_weight, torch.float8_e4m3fn)
+    quantized, scale = ops.fp8_quantize(sparse_weight, torch.float8_e4m3fn, group)
     quantized_dx, scale_dx = ops.fp8_quantize(
-        sparse_weight if input_weight is None else input_weight, torch.float8_e5m2
+        sparse_weight if input_weight is None else input_weight, torch.float8_e5m2, group
     )
     return SparseWeight(
         Operand(choice, [*backend.pack_fp8(quantized), scale]), Operand("dense", [quantized_dx.t(), scale_dx])
@@ -83,6 +95,7 @@ def sparse_linear(
     bias: Tensor | None = None,
     mvue: MvueKey | None = None,
     fp8: bool = False,
+    group: str | None = None,
 ) -> Tensor:
     """y = x @ Ŵᵀ + bias, with the straight-through gradient given to `weight`.
 
@@ -97,6 +110,8 @@ def sparse_linear(
         bias: (out_features,) or None.
         mvue: if given, dY is pruned by `reference.mvue24` before dW = dYᵀX.
         fp8: products of e4m3 and e5m2 values; `sparse_weight` is then dense, or from `fp8_weight`.
+        group: name of the process group over which the layer is spread (tensor parallelism): each of its ranks has a
+            part of the weight, and the scales of fp8 are those of the whole tensors.
 
     Returns:
         (..., out_features) in the dtype of autocast, else of x.
@@ -111,7 +126,7 @@ def sparse_linear(
                 f"found {tuple(weight.shape)} and {tuple(sparse_weight.shape)}"
             )
         if fp8:
-            sparse_weight = fp8_weight(sparse_weight.detach())
+            sparse_weight = fp8_weight(sparse_weight.detach(), group=group)
         else:
             sparse_weight = SparseWeight(Operand("dense", [sparse_weight]), Operand("dense", []))
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
@@ -119,17 +134,10 @@ def sparse_linear(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be (out_features={weight.shape[0]},); found {tuple(bias.shape)}")
     forward, input_gradient, weight_choice = sparse_weight
-    seed, position = 0, None
-    if mvue is not None:
-        seed, layer, counter = mvue
-        if not isinstance(layer, Tensor):
-            layer = torch.full((), layer, dtype=torch.int64, device=counter.device)
-        # a copy of three integers: the trainer moves the counter on in place before the next forward pass
-        position = torch.cat([counter, layer.view(1)])
+    seed, position = (0, None) if mvue is None else (mvue.seed, mvue.position())
     choices = (forward.choice, input_gradient.choice, weight_choice)
-    return _SparseLinear.apply(
-        x, weight, bias, seed, position, choices, fp8, len(forward.tensors), *forward.tensors, *input_gradient.tensors
-    )
+    operands = (*forward.tensors, *input_gradient.tensors)
+    return _SparseLinear.apply(x, weight, bias, seed, position, choices, fp8, group, len(forward.tensors), *operands)
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -143,12 +151,13 @@ class _SparseLinear(torch.autograd.Function):
         position: Tensor | None,
         choices: tuple[str, str, str],
         fp8: bool,
+        group: str | None,
         n_forward: int,
         *operands: Tensor,
     ) -> Tensor:
         ctx.x_dtype, ctx.weight_dtype, ctx.weight_shape = x.dtype, weight.dtype, weight.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.seed, ctx.choices, ctx.fp8 = seed, choices, fp8
+        ctx.seed, ctx.choices, ctx.fp8, ctx.group = seed, choices, fp8, group
         out_features = weight.shape[0]
         x = _autocast(x)
         bias = None if bias is None else _autocast(bias)
@@ -160,7 +169,7 @@ class _SparseLinear(torch.autograd.Function):
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         saved_x, x_scale = x if needs_dw else None, None
         if needs_dw and fp8:
-            saved_x, x_scale = ops.fp8_quantize(x, torch.float8_e5m2)
+            saved_x, x_scale = ops.fp8_quantize(x, torch.float8_e5m2, group)
         ctx.save_for_backward(
             saved_x,
             x_scale,
@@ -168,7 +177,7 @@ class _SparseLinear(torch.autograd.Function):
             *(operand_t if needs_dx else ()),
         )
         if fp8:
-            return ops.fp8_linear(choices[0], operand, x, torch.float8_e4m3fn, bias, out_features)
+            return ops.fp8_linear(choices[0], operand, x, torch.float8_e4m3fn, bias, out_features, group)
         return ops.linear(choices[0], operand, x, bias, out_features)
 
     @staticmethod
@@ -177,14 +186,14 @@ class _SparseLinear(torch.autograd.Function):
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
         dx = dw = db = None
         if needs_dx and ctx.fp8:
-            dx = ops.fp8_linear("dense", operand_t, dy, torch.float8_e5m2, None, ctx.weight_shape[1])
+            dx = ops.fp8_linear("dense", operand_t, dy, torch.float8_e5m2, None, ctx.weight_shape[1], ctx.group)
         elif needs_dx:
             dx = ops.linear(ctx.choices[1], operand_t, dy, None, ctx.weight_shape[1])
         tokens_dy = dy.flatten(0, -2) if dy.dim() > 1 else dy.unsqueeze(0)
         if needs_dw:
             tokens_x = x.reshape(-1, x.shape[-1])
             if ctx.fp8:
-                dw = ops.fp8_weight_gradient(tokens_dy, tokens_x, x_scale, ctx.seed, position)
+                dw = ops.fp8_weight_gradient(tokens_dy, tokens_x, x_scale, ctx.seed, position, ctx.group)
             else:
                 dw = ops.weight_gradient(ctx.choices[2], tokens_dy, tokens_x, ctx.seed, position)
             dw = dw.to(ctx.weight_dtype)

@@ -199,7 +199,7 @@ class _Problem:
         self.mask = _random_mask(shape.out_features, shape.in_features, generator)
         self.x = randn(shape.tokens, shape.in_features, shape.dtype)
         self.dy = randn(shape.tokens, shape.out_features, shape.dtype)
-        self.position = torch.tensor([1, 0, 0], device=device)
+        self.position = torch.tensor([1, 0, 0, 0], device=device)
         self.dtype = shape.dtype
         self.micro_batches = shape.micro_batches
         self.fp8 = shape.fp8

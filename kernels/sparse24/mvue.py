@@ -47,8 +47,8 @@ def mvue_pack(
     Args:
         grad: (tokens, features) float32, bfloat16 or float16, any strides, fastest if features are contiguous.
         seed: of the random numbers, 64 bits; negative values wrap.
-        position: (3,) int64 on the same device: optimizer step, first token of grad in the global batch (a multiple
-            of 4; not checked, so as not to wait for the device), layer.
+        position: (4,) int64 on the same device: optimizer step, first token of grad in the global batch (a multiple
+            of 4; not checked, so as not to wait for the device), layer, first feature of grad in the layer.
         dtype: of the values: bfloat16, float16 or (not with `fragments`) float32; computed in float32, rounded once.
         fragments: return `Fragments`.
         rows_padded_to: rows of the result, at least the features; further ones are zero, with metadata 0x4444. With
@@ -76,7 +76,7 @@ def mvue_pack(
 
 
 def mvue_prune(grad: Tensor, seed: int, position: Tensor, out: Tensor | None = None) -> Tensor:
-    """`reference.mvue24(grad, uniform24(seed, step, layer, tokens, features, first_token))`, dense.
+    """`reference.mvue24(grad, uniform24(seed, step, layer, tokens, features, first_token, first_feature))`, dense.
 
     Args:
         grad, seed, position: as for `mvue_pack`.
@@ -106,9 +106,9 @@ def _check(grad: Tensor, position: Tensor) -> tuple[int, int]:
             f"grad must be float32, bfloat16 or float16 of shape (tokens, features); "
             f"found {grad.dtype} of {tuple(grad.shape)}"
         )
-    if position.shape != (3,) or position.dtype != torch.int64 or position.device != grad.device:
+    if position.shape != (4,) or position.dtype != torch.int64 or position.device != grad.device:
         raise ValueError(
-            f"position must be int64 of shape (3,) on {grad.device}; "
+            f"position must be int64 of shape (4,) on {grad.device}; "
             f"found {position.dtype} of {tuple(position.shape)} on {position.device}"
         )
     return grad.shape[0], grad.shape[1]
@@ -272,7 +272,8 @@ def _mvue(
     key0, key1 = key0.to(tl.uint32), key1.to(tl.uint32)
     step, layer = tl.load(position_ptr).to(tl.uint32), tl.load(position_ptr + 2).to(tl.uint32)
     zero = tl.zeros((Q, F), tl.uint32)
-    c0, c2, c3 = zero + feature.to(tl.uint32), zero + step, zero + layer
+    first_feature = tl.load(position_ptr + 3).to(tl.uint32)
+    c0, c2, c3 = zero + (first_feature + feature.to(tl.uint32)), zero + step, zero + layer
     block = zero + ((first_group >> 2).to(tl.uint32) + quad.to(tl.uint32))
     word0, word1, word2, word3 = philox_4x32(c0, block, c2, c3, key0, key1)
     ahead = (first_group & 3).to(tl.int32)

@@ -97,13 +97,13 @@ def _(dy: Tensor, seed: int, position: Tensor) -> Tensor:
 def mvue_prune(dy: Tensor, seed: int, position: Tensor) -> Tensor:
     """`reference.mvue24` of dY (tokens, features) under the random numbers of seed and position.
 
-    position: (3,) int64: optimizer step, first token of dY in the global batch, layer.
+    position: (4,) int64: optimizer step, first token of dY in the global batch, layer, first feature of dY in it.
     """
     if use_kernels(dy):
         return _mvue_prune_kernel(dy, seed, position)
-    step, first_token, layer = position.to(dy.device)
+    step, token, layer, feature = position.to(dy.device)
     tokens, features = dy.shape
-    return reference.mvue24(dy, reference.uniform24(seed, step, layer, tokens, features, first_token, dy.device))
+    return reference.mvue24(dy, reference.uniform24(seed, step, layer, tokens, features, token, feature, dy.device))
 
 
 @torch.library.custom_op(
@@ -164,23 +164,34 @@ def weight_gradient(choice: str, dy: Tensor, x: Tensor, seed: int, position: Ten
 
 
 @torch.library.custom_op(
-    "sparse24::fp8_quantize", mutates_args=(), schema="(Tensor x, ScalarType dtype) -> (Tensor, Tensor)"
+    "sparse24::fp8_quantize", mutates_args=(), schema="(Tensor x, ScalarType dtype, Tensor? amax) -> (Tensor, Tensor)"
 )
-def _fp8_quantize_kernel(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _fp8_quantize_kernel(x: Tensor, dtype: torch.dtype, amax: Tensor | None) -> tuple[Tensor, Tensor]:
     from sparse24 import fp8
 
-    q, scale = fp8.quantize(x, dtype)  # type: ignore[misc]
+    q, scale = fp8.quantize(x, dtype, amax=amax)  # type: ignore[misc]
     return q, scale
 
 
 @_fp8_quantize_kernel.register_fake
-def _(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, dtype: torch.dtype, amax: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((), dtype=torch.float32)
 
 
-def fp8_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`reference.fp8_quantize`: q, contiguous, and its scale."""
-    return _fp8_quantize_kernel(x, dtype) if use_kernels(x) else reference.fp8_quantize(x, dtype)
+def fp8_quantize(x: Tensor, dtype: torch.dtype, group: str | None = None) -> tuple[Tensor, Tensor]:
+    """`reference.fp8_quantize`: q, contiguous, and its scale.
+
+    group: name of the process group whose ranks each hold a part of the tensor, which has one scale.
+    """
+    amax = None if group is None else _amax(x, group)
+    return _fp8_quantize_kernel(x, dtype, amax) if use_kernels(x) else reference.fp8_quantize(x, dtype, amax)
+
+
+def _amax(x: Tensor, group: str) -> Tensor:
+    """Over the parts of all ranks. As integers, of which NaN is the largest: a maximum of floats may lose it."""
+    own = x.detach().abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+    largest = torch.ops._c10d_functional.all_reduce(own.view(torch.int32), "max", group)
+    return torch.ops._c10d_functional.wait_tensor(largest).view(torch.float32)
 
 
 @torch.library.custom_op(
@@ -221,12 +232,18 @@ def _(
 
 
 def fp8_linear(
-    choice: str, operand: list[Tensor], x: Tensor, dtype: torch.dtype, bias: Tensor | None, features: int
+    choice: str,
+    operand: list[Tensor],
+    x: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None,
+    features: int,
+    group: str | None = None,
 ) -> Tensor:
     """x (..., k), quantised to `dtype` here, times the transpose of an operand (features, k) of `pack_fp8` with its
-    scale behind it, plus bias: (..., features) in x's dtype."""
+    scale behind it, plus bias: (..., features) in x's dtype. group: see `fp8_quantize`."""
     *matrix, weight_scale = operand
-    q, scale = fp8_quantize(x.reshape(-1, x.shape[-1]), dtype)
+    q, scale = fp8_quantize(x.reshape(-1, x.shape[-1]), dtype, group)
     scale = scale * weight_scale
     if choice == "dense" and not q.is_cuda:
         y = fp8_linear_emulated(matrix[0], q, scale, bias, x.dtype)
@@ -241,9 +258,12 @@ def fp8_linear_emulated(weight: Tensor, x: Tensor, scale: Tensor, bias: Tensor |
     return (y if bias is None else y + bias).to(dtype)
 
 
-def fp8_weight_gradient(dy: Tensor, x: Tensor, x_scale: Tensor, seed: int, position: Tensor | None) -> Tensor:
-    """dW = E5M2(dY)ᵀ x in float32, dY pruned by MVUE first if `position` is given; x and its scale quantised."""
+def fp8_weight_gradient(
+    dy: Tensor, x: Tensor, x_scale: Tensor, seed: int, position: Tensor | None, group: str | None = None
+) -> Tensor:
+    """dW = E5M2(dY)ᵀ x in float32, dY pruned by MVUE first if `position` is given; x and its scale quantised.
+    group: see `fp8_quantize`."""
     if position is not None:
         dy = mvue_prune(dy, seed, position)
-    q, scale = fp8_quantize(dy, torch.float8_e5m2)
+    q, scale = fp8_quantize(dy, torch.float8_e5m2, group)
     return reference.fp8_matmul(q.t(), x, scale * x_scale)

@@ -48,6 +48,7 @@ def uniform24(
     tokens: int,
     features: int,
     first_token: int | Tensor = 0,
+    first_feature: int | Tensor = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """One uniform number for each group of four consecutive tokens and each feature.
@@ -65,6 +66,7 @@ def uniform24(
         features: number of features.
         first_token: absolute position of the first token, a multiple of 4 and below 2³⁶; int or 0-dim int64
             tensor (not checked then, so as not to wait for the device).
+        first_feature: absolute index of the first feature, where a layer's features are spread over devices; likewise.
         device: of the result.
 
     Returns:
@@ -85,7 +87,7 @@ def uniform24(
 
     block = (torch.arange(blocks, device=device) + first_group // 4) & MASK32
     counter = (
-        torch.arange(features, device=device),
+        torch.arange(features, device=device) + torch.as_tensor(first_feature, device=device),
         block[:, None],
         torch.as_tensor(step, device=device) & MASK32,
         torch.as_tensor(layer, device=device) & MASK32,

@@ -334,7 +334,7 @@ def linear_dw(dy: Tensor, x: Tensor, uniform: Tensor | None = None) -> Tensor:
 SMALLEST_FP8_SCALE = 2.0**-126  # its reciprocal is finite
 
 
-def fp8_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def fp8_quantize(x: Tensor, dtype: torch.dtype, amax: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """q and scale with q·scale ≈ x: q = fp8(x·(1/scale)), one scale for the tensor, from its amax as it is now.
 
     The scale is amax / (largest finite value of the dtype): at least 2⁻¹²⁶, and 1 if amax is 0. Rounded to nearest,
@@ -343,13 +343,15 @@ def fp8_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     Args:
         x: floating point, any shape and strides; computed in float32.
         dtype: `torch.float8_e4m3fn` or `torch.float8_e5m2`.
+        amax: 0-dim float32, of the whole tensor of which x is a part; default: x's.
 
     Returns:
         q, contiguous, of x's shape; scale, 0-dim float32.
     """
     x = x.detach().float().contiguous()
     largest = torch.finfo(dtype).max
-    amax = x.abs().amax() if x.numel() else x.new_zeros(())
+    if amax is None:
+        amax = x.abs().amax() if x.numel() else x.new_zeros(())
     scale = amax / torch.full_like(amax, largest)  # by a tensor: CUDA multiplies by the reciprocal of a number
     scale = torch.where(scale < SMALLEST_FP8_SCALE, torch.where(amax == 0, 1.0, SMALLEST_FP8_SCALE), scale)
     return (x * scale.reciprocal()).clamp(-largest, largest).to(dtype), scale

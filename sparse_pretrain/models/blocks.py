@@ -11,9 +11,8 @@ from sparse24.activations import pruned_relu2
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_pretrain.config_models import TransformerConfig
+from sparse_pretrain.config_models import GATED_ACTIVATIONS, TransformerConfig
 
-GATED_ACTIVATIONS = ("geglu", "swiglu")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: F.gelu(x, approximate="tanh"),  # as GPT-2
     "gelu_erf": F.gelu,  # as BERT
@@ -27,16 +26,6 @@ def make_norm(cfg: TransformerConfig) -> nn.Module:
     if cfg.norm == "rms_norm":
         return nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
     return nn.LayerNorm(cfg.d_model, eps=cfg.norm_eps, bias=cfg.bias)
-
-
-def ffn_width(cfg: TransformerConfig) -> int:
-    """d_ff as given, else 4 d_model, or 8/3 d_model rounded up to a multiple of 64 for the gated activations
-    (Shazeer 2020: the same number of parameters)."""
-    if cfg.d_ff is not None:
-        return cfg.d_ff
-    if cfg.activation in GATED_ACTIVATIONS:
-        return -(-8 * cfg.d_model // (3 * 64)) * 64
-    return 4 * cfg.d_model
 
 
 class RotaryEmbedding(nn.Module):
@@ -221,13 +210,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, cfg: TransformerConfig) -> None:
         super().__init__()
-        width = ffn_width(cfg)
         self.activation = cfg.activation
         self.prunes_hidden = cfg.activation_sparsity != "none"
-        self.up = nn.Linear(cfg.d_model, width, bias=cfg.bias)
+        self.up = nn.Linear(cfg.d_model, cfg.ffn_width, bias=cfg.bias)
         gated = cfg.activation in GATED_ACTIVATIONS
-        self.gate = nn.Linear(cfg.d_model, width, bias=cfg.bias) if gated else None
-        self.down = nn.Linear(width, cfg.d_model, bias=cfg.bias)
+        self.gate = nn.Linear(cfg.d_model, cfg.ffn_width, bias=cfg.bias) if gated else None
+        self.down = nn.Linear(cfg.ffn_width, cfg.d_model, bias=cfg.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_model), and so is the result."""

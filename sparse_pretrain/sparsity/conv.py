@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from sparse24 import ops
-from sparse24.autograd import MvueKey, sparse_linear
+from sparse24.autograd import sparse_linear
 from torch import Tensor, nn
 
 from sparse_pretrain.config import RecipeConfig
@@ -147,7 +147,7 @@ class SparseConv2d(SparseLinear):
         sparse_weight = _autocast(self.as_weight(operands.forward.tensors[0]))
         input_weight = None if self.input_weight is None else _autocast(self.as_weight(self.input_weight))
         bias = None if self.bias is None else _autocast(self.bias)
-        seed, position = (0, None) if self.mvue is None else (self.mvue.seed, _position(self.mvue))
+        seed, position = (0, None) if self.mvue is None else (self.mvue.seed, self.mvue.position())
         geometry = self.geometry.arguments
         return _MaskedConv2d.apply(x, self.weight, bias, sparse_weight, input_weight, geometry, seed, position)
 
@@ -202,11 +202,6 @@ def _autocast(tensor: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
         return tensor.to(torch.get_autocast_dtype(device))
     return tensor
-
-
-def _position(mvue: MvueKey) -> Tensor:
-    layer = torch.as_tensor(mvue.layer, dtype=torch.int64, device=mvue.counter.device)
-    return torch.cat([mvue.counter, layer.view(1)])
 
 
 def _pair(values: tuple[int, ...]) -> tuple[int, int]:

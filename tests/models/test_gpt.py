@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from sparse_pretrain.config_models import GPTConfig
-from sparse_pretrain.models.blocks import RotaryEmbedding, ffn_width
+from sparse_pretrain.models.blocks import RotaryEmbedding
 from sparse_pretrain.models.count import count_model
 from sparse_pretrain.models.generation import sample
 from sparse_pretrain.models.gpt import GPT
@@ -111,9 +111,9 @@ def test_sizes_are_as_named(name, millions):
 
 
 def test_gated_width_keeps_the_parameters():
-    assert ffn_width(replace(TINY, d_model=768, activation="swiglu")) == 2048
-    assert ffn_width(replace(TINY, d_model=768)) == 3072
-    assert ffn_width(replace(TINY, d_ff=100)) == 100
+    assert replace(TINY, d_model=768, activation="swiglu").ffn_width == 2048
+    assert replace(TINY, d_model=768).ffn_width == 3072
+    assert replace(TINY, d_ff=100).ffn_width == 100
 
 
 @pytest.mark.parametrize("recipe", ["dense", "ste"])

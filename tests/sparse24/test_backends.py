@@ -17,7 +17,7 @@ from sparse24.reference import (
     uniform24,
 )
 
-POSITION = torch.tensor([3, 8, 2])
+POSITION = torch.tensor([3, 8, 2, 0])
 E4M3 = torch.float8_e4m3fn
 
 

@@ -170,7 +170,7 @@ def test_no_tokens(use):
     use(Failing())
     x = torch.empty(2, 0, 48)
     assert ops.linear("failing", [], x, None, 32).shape == (2, 0, 32)
-    position = torch.tensor([1, 0, 0])
+    position = torch.tensor([1, 0, 0, 0])
     dw = ops.weight_gradient("failing", torch.empty(0, 32), torch.empty(0, 48), 0, position)
     assert torch.equal(dw, torch.zeros(32, 48))
 
@@ -347,7 +347,7 @@ def test_the_operators_are_well_formed(use):
     torch.library.opcheck(
         ops._linear, ("reference", operand, torch.randn(64, 48), torch.randn(32), 32), test_utils=tests
     )
-    position = torch.tensor([1, 0, 0])
+    position = torch.tensor([1, 0, 0, 0])
     args = ("reference", torch.randn(64, 32), torch.randn(64, 48), 0, position)
     torch.library.opcheck(ops._weight_gradient, args, test_utils=tests)
     # opcheck's schema test knows no fp8
@@ -355,4 +355,4 @@ def test_the_operators_are_well_formed(use):
     args = ("dense", operand[:1], x, scale, torch.randn(32), 32, torch.bfloat16)
     torch.library.opcheck(ops._fp8_linear, args, test_utils="test_faketensor")
     pytest.importorskip("triton")
-    torch.library.opcheck(ops._fp8_quantize_kernel, (torch.randn(5, 7).t(), E4M3), test_utils="test_faketensor")
+    torch.library.opcheck(ops._fp8_quantize_kernel, (torch.randn(5, 7).t(), E4M3, None), test_utils="test_faketensor")

@@ -25,12 +25,12 @@ def gradient(tokens, features, dtype=torch.float32, seed=0):
     return grad.masked_fill(torch.rand(tokens, features, generator=generator) < share, 0.0).to(dtype)
 
 
-def position(device, first=0, step=STEP, layer=LAYER):
-    return torch.tensor([step, first, layer], device=device)
+def position(device, first=0, step=STEP, layer=LAYER, feature=0):
+    return torch.tensor([step, first, layer, feature], device=device)
 
 
 def reference(grad, seed=SEED, step=STEP, first=0, layer=LAYER):
-    return mvue24(grad, uniform24(seed, step, layer, *grad.shape, first, grad.device))
+    return mvue24(grad, uniform24(seed, step, layer, *grad.shape, first, device=grad.device))
 
 
 def same_bits(a, b):
@@ -119,6 +119,15 @@ def test_cut_into_micro_batches(device):
     assert torch.equal(whole, torch.cat(parts))
 
 
+def test_cut_along_features(device):
+    grad = gradient(68, 40).to(device)
+    whole = mvue_prune(grad, SEED, position(device, 12))
+    parts = [mvue_prune(grad[:, a:b], SEED, position(device, 12, feature=a)) for a, b in ((0, 12), (12, 33), (33, 40))]
+    assert torch.equal(whole, torch.cat(parts, dim=1))
+    packed = mvue_pack(grad[:, 12:33], SEED, position(device, 12, feature=12), torch.float32)
+    assert torch.equal(unpack(packed).t(), whole[:, 12:33])
+
+
 @pytest.mark.parametrize("padded", [None, 128])
 @pytest.mark.parametrize("tokens", [64, 150, 5])
 def test_fragment_order(tokens, padded, device):
@@ -201,7 +210,7 @@ def test_bad_arguments_are_named(device):
     grad, where = torch.zeros(8, 16, device=device), position(device)
     with pytest.raises(ValueError, match="grad must be float32, bfloat16 or float16 of shape"):
         mvue_prune(grad.int(), SEED, where)
-    with pytest.raises(ValueError, match=r"position must be int64 of shape \(3,\).*found torch.int32"):
+    with pytest.raises(ValueError, match=r"position must be int64 of shape \(4,\).*found torch.int32"):
         mvue_prune(grad, SEED, where.int())
     with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16; found torch.float64"):
         mvue_pack(grad, SEED, where, torch.float64)

@@ -50,6 +50,7 @@ def test_draws_do_not_depend_on_how_the_batch_is_cut(first_token):
         part = uniform24(1, 2, 3, tokens, 6, first_token)
         assert torch.equal(part, whole[groups : groups + tokens // 4])
         tensors = uniform24(1, torch.tensor(2), 3, tokens, 6, torch.tensor(first_token))
+        assert torch.equal(part[:, 2:5], uniform24(1, 2, 3, tokens, 3, first_token, first_feature=2))
         assert torch.equal(part, tensors)
 
 

@@ -101,7 +101,7 @@ class Backend(ABC):
         """mvue24(dY)ᵀ X: dy (tokens, out_features) of any strides, x (tokens, in_features) contiguous ->
         (out_features, in_features). Any number of tokens but 0, as for `linear`.
 
-        seed and position ((3,) int64: step, first token, layer) say which random numbers prune dY.
+        seed and position ((4,) int64: step, first token, layer, first feature) say which random numbers prune dY.
         """
 
     # for products of dtype e4m3, which are forward ones only

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from sparse_pretrain.config_models import Seq2SeqConfig
-from sparse_pretrain.models.blocks import ffn_width
 from sparse_pretrain.models.huggingface.architecture import PRE_TRAINING, Architecture
 from sparse_pretrain.models.huggingface.config_file import ConfigFile, activation_name, check_option
 from sparse_pretrain.models.huggingface.rules import Rule, embedding, linear, norm
@@ -55,8 +54,8 @@ def write_config(cfg: Seq2SeqConfig) -> dict[str, Any]:
         "encoder_attention_heads": cfg.n_head,
         "decoder_attention_heads": cfg.n_head,
         "d_model": cfg.d_model,
-        "encoder_ffn_dim": ffn_width(cfg),
-        "decoder_ffn_dim": ffn_width(cfg),
+        "encoder_ffn_dim": cfg.ffn_width,
+        "decoder_ffn_dim": cfg.ffn_width,
         "activation_function": activation_name(cfg, name),
         "dropout": cfg.dropout,
         "attention_dropout": cfg.dropout,
@@ -72,7 +71,7 @@ def write_config(cfg: Seq2SeqConfig) -> dict[str, Any]:
 
 
 def body(cfg: Seq2SeqConfig) -> list[Rule]:
-    d, width = cfg.d_model, ffn_width(cfg)
+    d, width = cfg.d_model, cfg.ffn_width
     found = [embedding("tok_embed", "model.shared")]
     for stack, layers in (("encoder", cfg.n_layer), ("decoder", cfg.n_decoder_layer or cfg.n_layer)):
         if cfg.position == "learned":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from sparse_pretrain.config_models import BertConfig
-from sparse_pretrain.models.blocks import ffn_width
 from sparse_pretrain.models.huggingface.architecture import CLASSIFIER, PRE_TRAINING, SPANS, Architecture
 from sparse_pretrain.models.huggingface.config_file import ConfigFile, activation_name, check_option
 from sparse_pretrain.models.huggingface.rules import Rule, embedding, linear, norm
@@ -37,7 +36,7 @@ def write_config(cfg: BertConfig) -> dict[str, Any]:
         "num_hidden_layers": cfg.n_layer,
         "num_attention_heads": cfg.n_head,
         "hidden_size": cfg.d_model,
-        "intermediate_size": ffn_width(cfg),
+        "intermediate_size": cfg.ffn_width,
         "layer_norm_eps": cfg.norm_eps,
         "hidden_act": activation_name(cfg, "BERT"),
         "hidden_dropout_prob": cfg.dropout,
@@ -63,7 +62,7 @@ def body(cfg: BertConfig) -> list[Rule]:
             *linear(f"{ours}.attn.qkv", qkv, (d, d, d)),
             *linear(f"{ours}.attn.out", f"{theirs}.attention.output.dense", d),
             *norm(f"{ours}.attn_norm", f"{theirs}.attention.output.LayerNorm", d),
-            *linear(f"{ours}.ffn.up", f"{theirs}.intermediate.dense", ffn_width(cfg)),
+            *linear(f"{ours}.ffn.up", f"{theirs}.intermediate.dense", cfg.ffn_width),
             *linear(f"{ours}.ffn.down", f"{theirs}.output.dense", d),
             *norm(f"{ours}.ffn_norm", f"{theirs}.output.LayerNorm", d),
         ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from sparse_pretrain.config_models import GPTConfig
-from sparse_pretrain.models.blocks import ffn_width
 from sparse_pretrain.models.huggingface.architecture import CLASSIFIER, PRE_TRAINING, SPANS, Architecture
 from sparse_pretrain.models.huggingface.config_file import ConfigFile, activation_name, check_option
 from sparse_pretrain.models.huggingface.rules import Rule, embedding, linear, norm
@@ -39,7 +38,7 @@ def write_config(cfg: GPTConfig) -> dict[str, Any]:
         "n_layer": cfg.n_layer,
         "n_head": cfg.n_head,
         "n_embd": cfg.d_model,
-        "n_inner": ffn_width(cfg),
+        "n_inner": cfg.ffn_width,
         "n_positions": cfg.max_seq_len,
         "layer_norm_epsilon": cfg.norm_eps,
         "activation_function": activation_name(cfg, "GPT-2"),
@@ -64,7 +63,7 @@ def body(cfg: GPTConfig) -> list[Rule]:
             *linear(f"{ours}.attn.qkv", f"{theirs}.attn.c_attn", 3 * d, conv1d=True),
             *linear(f"{ours}.attn.out", f"{theirs}.attn.c_proj", d, conv1d=True),
             *norm(f"{ours}.ffn_norm", f"{theirs}.ln_2", d),
-            *linear(f"{ours}.ffn.up", f"{theirs}.mlp.c_fc", ffn_width(cfg), conv1d=True),
+            *linear(f"{ours}.ffn.up", f"{theirs}.mlp.c_fc", cfg.ffn_width, conv1d=True),
             *linear(f"{ours}.ffn.down", f"{theirs}.mlp.c_proj", d, conv1d=True),
         ]
     return found

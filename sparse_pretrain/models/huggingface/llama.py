@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 from sparse_pretrain.config_models import GPTConfig
-from sparse_pretrain.models.blocks import ffn_width
 from sparse_pretrain.models.huggingface.architecture import CLASSIFIER, PRE_TRAINING, Architecture
 from sparse_pretrain.models.huggingface.config_file import ConfigFile, check_option
 from sparse_pretrain.models.huggingface.rules import Rule, embedding, linear
@@ -50,7 +49,7 @@ def write_config(cfg: GPTConfig) -> dict[str, Any]:
         "num_attention_heads": cfg.n_head,
         "num_key_value_heads": cfg.n_kv_head or cfg.n_head,
         "hidden_size": cfg.d_model,
-        "intermediate_size": ffn_width(cfg),
+        "intermediate_size": cfg.ffn_width,
         "max_position_embeddings": cfg.max_seq_len,
         "rms_norm_eps": cfg.norm_eps,
         "hidden_act": _GATES[cfg.activation],
@@ -63,7 +62,7 @@ def write_config(cfg: GPTConfig) -> dict[str, Any]:
 
 
 def body(cfg: GPTConfig) -> list[Rule]:
-    d, width = cfg.d_model, ffn_width(cfg)
+    d, width = cfg.d_model, cfg.ffn_width
     kv = d // cfg.n_head * (cfg.n_kv_head or cfg.n_head)
     found = [embedding("tok_embed", "model.embed_tokens"), embedding("norm", "model.norm")]
     for i in range(cfg.n_layer):
