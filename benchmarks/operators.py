@@ -287,7 +287,7 @@ def _mvue(bench: Bench, case: str, rows: int, cols: int) -> None:
     sets = sets_needed(2 * rows * cols, bench.device)
     grads = [bench.randn(rows, cols, dtype=dtype, seed=i) for i in range(sets)]
     position = torch.tensor([3, 0, 1, 0], device=bench.device)
-    expected = reference.mvue24(grads[0], reference.uniform24(SEED, 3, 1, rows, cols, 0, bench.device))
+    expected = reference.mvue24(grads[0], reference.uniform24(SEED, 3, 1, rows, cols, device=bench.device))
 
     def arm(name: str, fragments: bool | None) -> Arm:
         def make() -> Call:

@@ -48,6 +48,9 @@ COMMANDS = {
     "evaluate": Command(config.EvaluateConfig, "how good a checkpoint is: perplexity, or the metrics of its task"),
     "generate": Command(config.GenerateConfig, "text from a checkpoint"),
     "export": Command(config.ExportConfig, "a checkpoint as a folder for transformers, lm-eval and PEFT"),
+    "consolidate": Command(
+        config.ConsolidateConfig, "a checkpoint, whatever number of ranks wrote it, as one safetensors file"
+    ),
     "inspect": Command(
         config.InspectConfig, "attention sinks, outliers, masks and spectra of checkpoints, side by side", "inspection"
     ),

@@ -146,6 +146,7 @@ class TrainerConfig:
     nodes: int = 1
     timeout: int = 1800  # seconds that a rank waits for another one
     strategy: str = "ddp"
+    tensor_parallel: int = 1  # devices that compute each FFN together; they get the same examples
     log_every: int = 10
     eval_every: int = 100
     eval_batches: int = 16
@@ -164,6 +165,11 @@ class TrainerConfig:
     def ranks(self) -> int:
         """Processes that train one model together."""
         return self.devices * self.nodes
+
+    @property
+    def data_ranks(self) -> int:
+        """How many parts a batch is cut into."""
+        return self.ranks // self.tensor_parallel
 
 
 @dataclass
@@ -194,7 +200,7 @@ class TrainConfig:
     runs_dir: str = "runs"
     run_dir: str | None = None  # null = RUNS_DIR/NAME-HASH
     resume: str = "auto"
-    init_from: str | None = None  # a run or checkpoint folder whose weights to start from, at step 0
+    init_from: str | None = None  # whose weights to start from, at step 0: a folder, or a file of `consolidate`
 
 
 @dataclass
@@ -367,6 +373,14 @@ class ExportConfig:
     format: str = "dense"
     adapters: str | None = None  # null = there are none
     dtype: str | None = None  # null = the checkpoint's
+
+
+@dataclass
+class ConsolidateConfig:
+    """A checkpoint as one file."""
+
+    checkpoint: str  # a run folder (its newest checkpoint) or a checkpoint folder
+    out: str  # a new file, NAME.safetensors
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from sparse_pretrain.config import (
@@ -48,6 +49,7 @@ def check(cfg: TrainConfig) -> None:
                 )
     _check_recipe(cfg)
     _check_teacher(cfg, learns)
+    _check_tensor_parallel(trainer, cfg.model, cfg.recipe)
     _check_batch(trainer)
     _check_strategy(cfg)
     if isinstance(cfg, DecaySearchConfig):
@@ -312,23 +314,40 @@ def _check_teacher(cfg: TrainConfig, learns: str) -> None:
 
 
 def _check_strategy(cfg: TrainConfig) -> None:
-    """What needs more of the model than the part that each rank has."""
-    if cfg.trainer.strategy != "fsdp":
+    if cfg.trainer.strategy == "fsdp" and cfg.trainer.precision == "fp16":
+        raise UserError("trainer.precision", "fp16 with trainer.strategy=fsdp", "fp32 or bf16, or trainer.strategy=ddp")
+
+
+def _check_tensor_parallel(trainer: TrainerConfig, model: ModelConfig, recipe: RecipeConfig) -> None:
+    """FFNs are cut along their hidden features, into parts that no group of M weights and no 4x4 block crosses."""
+    ranks, option = trainer.tensor_parallel, "trainer.tensor_parallel"
+    if ranks == 1:
         return
-    for option, found, allowed, fits in (
-        ("optimizer", cfg.optimizer.name, "adamw", cfg.optimizer.name == "adamw"),
-        ("trainer.precision", cfg.trainer.precision, "fp32 or bf16", cfg.trainer.precision != "fp16"),
-        ("recipe.teacher.models", "self", "other teachers", "self" not in cfg.recipe.teacher.models),
+    if trainer.strategy != "fsdp":
+        raise UserError(option, f"{ranks} with trainer.strategy={trainer.strategy}", "1, or trainer.strategy=fsdp")
+    if trainer.devices % ranks:
+        raise UserError(option, ranks, f"a divisor of trainer.devices={trainer.devices}")
+    if not isinstance(model, TransformerConfig):
+        raise UserError(option, f"{ranks} with model.family={model.family}", "1: its FFNs are not ours to cut")
+    pattern = parse_pattern(recipe.pattern)
+    group = 1 if recipe.projection == "none" or pattern is None else pattern[1]
+    if recipe.adapter.kind == "slorb" and not recipe.adapter.train_groups:
+        group = math.lcm(group, recipe.adapter.group)
+    for name, found, multiple in (
+        ("d_ff", model.ffn_width, ranks * group),
+        ("d_model", model.d_model, ranks if model.bias else 1),
     ):
-        if not fits:
-            raise UserError(option, f"{found} with trainer.strategy=fsdp", f"{allowed}, or trainer.strategy=ddp")
+        if found % multiple:
+            raise UserError(f"model.{name}", found, f"a multiple of {multiple} with {option}={ranks}")
 
 
 def _check_batch(trainer: TrainerConfig) -> None:
     ranks = f"trainer.devices={trainer.devices}" + (f" x trainer.nodes={trainer.nodes}" if trainer.nodes > 1 else "")
-    if trainer.batch_size % trainer.ranks:
+    if trainer.tensor_parallel > 1:
+        ranks += f" / trainer.tensor_parallel={trainer.tensor_parallel}"
+    if trainer.batch_size % trainer.data_ranks:
         raise UserError("trainer.batch_size", trainer.batch_size, f"a multiple of {ranks}")
-    per_device = trainer.batch_size // trainer.ranks
+    per_device = trainer.batch_size // trainer.data_ranks
     if trainer.micro_batch_size is not None and per_device % trainer.micro_batch_size:
         raise UserError(
             "trainer.micro_batch_size",

@@ -70,6 +70,7 @@ def together(rank: Rank, command: Callable[[], None]) -> None:
     """Run `command` on rank 0, with the ranks that a launcher started training what it trains; the others exit as it
     does."""
     global _meeting
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # whether a store answers is told here; before torch comes
     _meeting = Meeting(rank)
     if rank.number > 0:
         meeting.exit_now(_follow(_meeting))

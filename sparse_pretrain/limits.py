@@ -115,6 +115,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "trainer.micro_batch_size": (1, None),
     "trainer.grad_clip": (1e-12, None),
     "trainer.devices": (1, None),
+    "trainer.tensor_parallel": (1, None),
     "trainer.nodes": (1, None),
     "trainer.timeout": (1, 1_000_000),
     "trainer.log_every": (1, None),

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 MEET_SECONDS = 300  # for the ranks of a launch to find each other
 SILENCE_SECONDS = 120  # without a sign of life of rank 0, while it prepares a run
 ANSWER_SECONDS = 10  # for ranks that are there to say so, once one is missed
+LEAVE_SECONDS = 60  # for a rank that is there to hear how a launch ended: it may still be importing
+WAIT_SECONDS = 10  # until it is told which ranks are waited for
+NAME_SECONDS = 15  # for the name of rank 0's machine to be known: it may be as new as the machine
 BEAT_SECONDS = 2
 CONTINUES = "the same command continues from the last checkpoint"
 
@@ -34,7 +37,8 @@ class Meeting:
     """What the ranks of a launch tell each other.
 
     Raises (making one):
-        UserError: the port is another program's, or rank 0 did not come.
+        UserError: address or port are not those of rank 0, or rank 0 did not come.
+        SystemExit: another process has this rank's number, or rank 0 another number of ranks. It is told.
     """
 
     def __init__(self, rank: Rank) -> None:
@@ -45,8 +49,14 @@ class Meeting:
         # the process group has a store of its own: torchrun's, kept over restarts, has addresses of ranks of before
         if rank.number == 0:
             self._training_store = self._serve()
+            self.store.set("ranks", str(rank.ranks))
             self.store.set("port", str(self._training_store.port))
         self.store.wait(["port"], timedelta(seconds=MEET_SECONDS))
+        if (there := int(self.store.get("ranks"))) != rank.ranks:
+            _refuse(self.store, UserError(*rank.counted.split("="), f"{there}, as on rank 0"))
+        taken = self.store.add(f"here/{rank.number}", 1) > 1
+        if taken and "TORCHELASTIC_RUN_ID" not in os.environ:  # whose store may be that of ranks of before
+            _refuse(self.store, _taken(rank))
         os.environ.update(  # for torch and Lightning
             RANK=str(rank.number),
             WORLD_SIZE=str(rank.ranks),
@@ -72,7 +82,34 @@ class Meeting:
                 store.set("beats", str(beats))
 
     def announce(self, message: dict[str, Any]) -> int:
-        """Rank 0: tell the others the next thing to do; returns its number."""
+        """Rank 0: tell the others, once all are there, the next thing to do; returns its number.
+
+        Raises:
+            UserError: some do not come.
+            SystemExit: one is not as it should be, and has told it.
+        """
+        self._wait_for_all()
+        return self._send(message)
+
+    def _wait_for_all(self) -> None:
+        start, told = time.monotonic(), False
+        while missing := [str(n) for n in range(self.rank.ranks) if not self.store.check([f"here/{n}"])]:
+            if self.store.check(["refused"]):
+                raise SystemExit(UserError.exit_code)
+            names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+            waited = time.monotonic() - start
+            if waited > MEET_SECONDS:
+                raise UserError(
+                    "WORLD_SIZE",
+                    f"{self.rank.ranks}, but nothing of {names} in {MEET_SECONDS} s",
+                    "the ranks there are",
+                )
+            if waited > WAIT_SECONDS and not told:
+                told = True
+                print(f"waiting for {names} of {self.rank.ranks} ({self.rank.counted})", file=sys.stderr, flush=True)
+            time.sleep(0.1)
+
+    def _send(self, message: dict[str, Any]) -> int:
         self.announced += 1
         self.store.set(f"message/{self.announced}", json.dumps(message))
         return self.announced
@@ -138,10 +175,12 @@ class Meeting:
         """Rank 0: let the others end too, and keep the store until they have heard it."""
         self._ended.set()
         with contextlib.suppress(RuntimeError):
-            self.announce({"exit_code": exit_code})
-            deadline = time.monotonic() + ANSWER_SECONDS / 2
-            others = [f"bye/{number}" for number in range(1, self.rank.ranks)]
-            while not self.store.check(others) and time.monotonic() < deadline:
+            self._send({"exit_code": exit_code})
+            start, others = time.monotonic(), range(1, self.rank.ranks)
+            while left := [n for n in others if not self.store.check([f"bye/{n}"])]:
+                there = exit_code != LOST and any(self.store.check([f"here/{n}"]) for n in left)
+                if time.monotonic() - start > (LEAVE_SECONDS if there else ANSWER_SECONDS / 2):
+                    break
                 time.sleep(0.05)
 
     def leave(self) -> None:
@@ -225,21 +264,79 @@ def abort_communication() -> None:
 def _connect(rank: Rank) -> Store:
     from torch.distributed import PrefixStore, TCPStore
 
+    _check_name(rank.address)
     if rank.number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         in_use = UserError("MASTER_PORT", f"{rank.port}, which is in use", "a free port of rank 0's node")
         try:
-            with socket.socket() as server:  # TCPStore itself would try for minutes
-                server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                server.bind(("", rank.port))
+            _check_server(rank)  # TCPStore itself would try for minutes
             store = TCPStore(rank.address, rank.port, None, True, timedelta(seconds=MEET_SECONDS), False)
         except (OSError, RuntimeError) as error:
+            there = _ask(rank)
+            if there is not None and there.check(["ranks"]):
+                _refuse(there, _taken(rank))
             raise in_use from error
         return PrefixStore(_prefix(), store)
-    deadline = time.monotonic() + MEET_SECONDS
-    while time.monotonic() < deadline:
+    start, told = time.monotonic(), rank.number != 1
+    while (waited := time.monotonic() - start) < MEET_SECONDS:
         with contextlib.suppress(OSError), socket.create_connection((rank.address, rank.port), timeout=10):
             break
+        if waited > WAIT_SECONDS and not told:
+            told = True
+            print(f"waiting for rank 0 at {rank.address}:{rank.port}", file=sys.stderr, flush=True)
         time.sleep(0.2)
+    store = _ask(rank)
+    if store is None:
+        raise UserError(
+            "MASTER_ADDR", f"{rank.address}:{rank.port}, where rank 0 is not", "the address of rank 0, and a free port"
+        )
+    return store
+
+
+def _check_name(address: str) -> None:
+    """Raises UserError if no machine has this name."""
+    deadline = time.monotonic() + NAME_SECONDS
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError("MASTER_ADDR", f"{address}, which is no machine's name", "rank 0's machine") from error
+        time.sleep(0.5)
+
+
+def _check_server(rank: Rank) -> None:
+    """See that what rank 0 serves at its address and port can be reached there.
+
+    Raises:
+        OSError: the port is in use.
+        UserError: the address is not that of this machine.
+    """
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("", rank.port))
+        server.listen()
+        try:
+            socket.create_connection((rank.address, rank.port), timeout=ANSWER_SECONDS).close()
+        except OSError as error:
+            raise UserError(
+                "MASTER_ADDR", f"{rank.address}, which does not lead to rank 0's machine", "the address of that machine"
+            ) from error
+
+
+def _taken(rank: Rank) -> UserError:
+    return UserError("RANK", f"{rank.number}, which another process has too", "another number for each process")
+
+
+def _refuse(store: Store, error: UserError) -> NoReturn:
+    """End this launch, whose variables cannot be right; of all ranks that find so the first tells it."""
+    if store.add("refused", 1) == 1:
+        print(f"error: {error}", file=sys.stderr)
+    exit_now(error.exit_code)
+
+
+def _ask(rank: Rank) -> Store | None:
+    """The store that rank 0 keeps; None if it is something else that answers there."""
     found: list[Store] = []
 
     def ask() -> None:
@@ -250,11 +347,7 @@ def _connect(rank: Rank) -> Store:
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(ANSWER_SECONDS)
-    if not found:
-        raise UserError(
-            "MASTER_ADDR", f"{rank.address}:{rank.port}, where rank 0 is not", "the address of rank 0, and a free port"
-        )
-    return found[0]
+    return found[0] if found else None
 
 
 def _client(rank: Rank) -> Store:

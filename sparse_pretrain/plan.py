@@ -47,11 +47,14 @@ def _head(cfg: PlanConfig, plan: Plan) -> list[str]:
     spread = f"{plan.layout.world} x {plan.device.name}"
     if plan.layout.world > 1:
         spread += f" ({trainer.nodes} x {trainer.devices}), trainer.strategy={trainer.strategy}"
-    per_device = trainer.batch_size // plan.layout.world
+    if trainer.tensor_parallel > 1:
+        spread += f" trainer.tensor_parallel={trainer.tensor_parallel}"
+    per_device = trainer.batch_size // trainer.data_ranks
     batch = f"{trainer.batch_size} examples of {cfg.data.tokens_per_example} tokens a step"
+    whose = "a device" if trainer.tensor_parallel == 1 else f"for {trainer.tensor_parallel} devices"
     return [
         f"{model}; recipe {cfg.recipe.name}",
-        f"{spread}; {batch}, {per_device} a device, in {per_device // plan.micro_batch} x {plan.micro_batch}",
+        f"{spread}; {batch}, {per_device} {whose}, in {per_device // plan.micro_batch} x {plan.micro_batch}",
     ]
 
 
@@ -86,8 +89,11 @@ def _traffic(plan: Plan) -> list[str]:
         return ["one device: nothing is sent"]
     totals = [sum(one.bytes for one in side.traffic) for side in (plan.dense, plan.recipe)]
     rows.append(["together", *map(_gb, totals), ""])
-    seconds = " and ".join(f"{total / plan.bandwidth_gbs / GB:.3g} s" for total in totals)
-    return [*_table(rows), f"at {plan.bandwidth_gbs:g} GB/s: {seconds}"]
+    seconds = " and ".join(f"{sum(map(plan.seconds_of, side.traffic)):.3g} s" for side in (plan.dense, plan.recipe))
+    speeds = f"{plan.bandwidth_gbs:g} GB/s"
+    if any(one.within_node for one in plan.recipe.traffic):
+        speeds += f" ({plan.node_gbs:g} for all-reduces of FFNs)"
+    return [*_table(rows), f"at {speeds}: {seconds}"]
 
 
 def _time(cfg: PlanConfig, plan: Plan) -> list[str]:
@@ -157,6 +163,7 @@ def as_dict(cfg: PlanConfig, plan: Plan) -> dict[str, Any]:
         "memory_bytes_of_device": plan.memory_bytes,
         "peak_tflops": plan.peak_tflops,
         "bandwidth_gbs": plan.bandwidth_gbs,
+        "node_gbs": plan.node_gbs,
         "micro_batch_size": plan.micro_batch,
         "parameters": plan.recipe.network.count.parameters,
         "sparse_share_of_steps": plan.sparse_share,

@@ -3,6 +3,7 @@ is wrong is one sentence, and nothing has been lost."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 from pathlib import Path
@@ -76,18 +77,31 @@ def _some_sizes() -> Sizes:
     return Sizes(vocab_size=64, num_classes=2)
 
 
+def check_start(cfg: TrainConfig) -> Path | None:
+    """The checkpoint, or the Hugging Face folder, that `resume` or `init_from` names, if any: verified, once for all
+    ranks.
+
+    Raises:
+        UserError: as `check_resume` and `check_init`.
+    """
+    if cfg.init_from is not None:
+        return check_init(cfg)
+    return None if cfg.resume in ("auto", "never") else check_resume(cfg)
+
+
 def check_resume(cfg: TrainConfig) -> Path:
-    """The run folder of the checkpoint that `resume` names.
+    """The checkpoint that `resume` names.
 
     Raises:
         UserError: it is missing, damaged, or of another model.
     """
     from sparse_pretrain.checkpoint import store
+    from sparse_pretrain.tasks.trained import config_of
 
-    checkpoint = store.resolve(Path(cfg.resume), option="resume")
-    source = checkpoint.parent.parent
-    _check_same_model(cfg, to_dict(runs.read_config(source)), "resume", _STATE_OPTIONS)
-    if runs.read_config(source).recipe.frozen_preconditioner and not cfg.recipe.frozen_preconditioner:
+    checkpoint = store.resolve(Path(cfg.resume), option="resume", one_file=True)
+    source = config_of(checkpoint)
+    _check_same_model(cfg, to_dict(source), "resume", _STATE_OPTIONS)
+    if source.recipe.frozen_preconditioner and not cfg.recipe.frozen_preconditioner:
         raise UserError(
             "recipe.frozen_preconditioner", "false, for a checkpoint whose second moment may be frozen", ["true"]
         )
@@ -97,26 +111,27 @@ def check_resume(cfg: TrainConfig) -> Path:
             f"{cfg.trainer.steps}, but resume names a checkpoint of step {store.step_of(checkpoint)}",
             "more",
         )
-    return source
+    return checkpoint
 
 
 def check_init(cfg: TrainConfig) -> Path:
-    """The run folder of the checkpoint that `init_from` names, or the Hugging Face folder.
+    """The checkpoint that `init_from` names, or the Hugging Face folder.
 
     Raises:
         UserError: it is missing, damaged, or of another model.
     """
     from sparse_pretrain.checkpoint import store
     from sparse_pretrain.models import huggingface
+    from sparse_pretrain.tasks.trained import config_of
 
     assert cfg.init_from is not None
     source = Path(cfg.init_from).expanduser()
     if huggingface.is_hugging_face(source):
         _check_same_model(cfg, {"model": to_dict(huggingface.options(source, "init_from"))}, "init_from")
         return source
-    source = store.resolve(source, option="init_from").parent.parent
-    _check_same_model(cfg, to_dict(runs.read_config(source)), "init_from")
-    return source
+    checkpoint = store.resolve(source, option="init_from", one_file=True)
+    _check_same_model(cfg, to_dict(config_of(checkpoint)), "init_from")
+    return checkpoint
 
 
 def _check_same_model(cfg: TrainConfig, source: dict[str, Any], option: str, options: tuple[str, ...] = ()) -> None:
@@ -171,7 +186,7 @@ def check_teacher(cfg: TrainConfig, run_dir: Path) -> dict[str, TeacherFolder]:
     from sparse_pretrain.tasks.teacher import find_teacher
 
     begun = bool(store.list_steps(run_dir / runs.CHECKPOINTS))
-    known = runs.read_json(run_dir / runs.RUN_FILE).get("teachers", {}) if begun else {}
+    known = runs.read_facts(run_dir).get("teachers", {}) if begun else {}
     found = {}
     for path, option in paths.items():
         there = find_teacher(known[path]["folder"] if path in known else path, option)
@@ -237,7 +252,7 @@ def check_teacher_logits(cfg: TrainConfig, teachers: dict[str, TeacherFolder], t
 
 def check_same_corpus(run_dir: Path, tokens: Store) -> None:
     """Raises UserError if this run has checkpoints that were trained on other tokens: its text has changed since."""
-    known = runs.read_json(run_dir / runs.RUN_FILE).get("corpus", {}).get("digest", tokens.digest)
+    known = runs.read_facts(run_dir).get("corpus", {}).get("digest", tokens.digest)
     if known != tokens.digest:
         raise UserError(
             "data",
@@ -247,14 +262,18 @@ def check_same_corpus(run_dir: Path, tokens: Store) -> None:
 
 
 def check_same_tokenizer(source: Path, tokens: Store, option: str) -> None:
-    """Raises UserError naming `option` if the token ids of the run in `source` mean something else than this run's."""
-    if tokens.tokenizer_path is None or not (source / runs.TOKENIZER_FILE).is_file():
+    """Raises UserError naming `option` if the token ids of `source`, a checkpoint or a Hugging Face folder, mean
+    something else than this run's."""
+    from sparse_pretrain.tasks.trained import tokenizer_of
+
+    path, known = tokenizer_of(source)
+    if tokens.tokenizer_path is None or known is None:
         return
-    if (source / runs.TOKENIZER_FILE).read_bytes() != tokens.tokenizer_path.read_bytes():
+    if known != hashlib.sha256(tokens.tokenizer_path.read_bytes()).hexdigest():
         raise UserError(
             option,
             "a checkpoint trained with another tokenizer",
-            f"data.tokenizer={source / runs.TOKENIZER_FILE}, which is that checkpoint's",
+            f"data.tokenizer={path}, which is that checkpoint's",
         )
 
 

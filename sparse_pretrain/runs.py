@@ -7,7 +7,7 @@ RUN_DIR/
     metrics.csv     one row per logged step
     masks/          corners of a few masks, over time
     decay-search/   the short runs that found recipe.decay.factor=auto
-    checkpoints/    step-00000100/…
+    checkpoints/    step-00000100/…, each with copies of config.yaml, run.json and metrics.csv
     adapter.safetensors  the adapters of a complete run, if it has any
     summary.json    the final figures; there only when the run is complete
 """
@@ -36,6 +36,7 @@ from sparse_pretrain.schema import flatten, load, to_dict
 CONFIG_FILE, RUN_FILE, SUMMARY_FILE, CHECKPOINTS = "config.yaml", "run.json", "summary.json", "checkpoints"
 METRICS_FILE, TOKENIZER_FILE = "metrics.csv", "tokenizer.json"
 ADAPTER_FILE = "adapter.safetensors"
+COPIED = (CONFIG_FILE, RUN_FILE, METRICS_FILE)  # into each checkpoint, whose checksums tell whether they are whole
 DECAY_SEARCH = "decay-search"
 # `seconds` is training time: without validation and checkpoints, and without the time between a stop and a resume.
 METRICS_COLUMNS = (
@@ -70,6 +71,7 @@ RUNTIME_OPTIONS = (
     "trainer.nodes",
     "trainer.timeout",
     "trainer.strategy",
+    "trainer.tensor_parallel",
     "trainer.log_every",
     "trainer.checkpoint_every",
     "trainer.checkpoints_kept",
@@ -132,10 +134,39 @@ def read_given_config(run_dir: Path) -> TrainConfig:
     return load(TrainConfig, values)
 
 
+def copy_in_checkpoint(run_dir: Path, name: str) -> bytes | None:
+    """A file of the run folder as the newest checkpoint has it whole, if one does."""
+    for manifest in sorted(run_dir.glob(f"{CHECKPOINTS}/step-*/manifest.json"), reverse=True):
+        try:
+            content = (manifest.parent / name).read_bytes()
+            if hashlib.sha256(content).hexdigest() == json.loads(manifest.read_bytes())["files"][name]["sha256"]:
+                return content
+        except (OSError, ValueError, KeyError, TypeError):  # damaged, or of a version without copies
+            continue
+    return None
+
+
+def read_facts(run_dir: Path) -> dict[str, Any]:
+    """run.json of a run that may go on: as its newest checkpoint has it, else as it is."""
+    copy = copy_in_checkpoint(run_dir, RUN_FILE)
+    return read_json(run_dir / RUN_FILE) if copy is None else dict(json.loads(copy))
+
+
+def restore_metrics(run_dir: Path) -> None:
+    """Have metrics.csv as the newest checkpoint has it: no row of before it is lost, whatever became of the file."""
+    copy = copy_in_checkpoint(run_dir, METRICS_FILE)
+    if copy is not None:
+        write_text(run_dir / METRICS_FILE, copy.decode("utf-8"))
+
+
 def read_yaml(path: Path) -> dict[str, Any] | None:
     """The mapping in a YAML file; None if it holds something else, or is damaged."""
+    return _mapping(path.read_bytes())
+
+
+def _mapping(content: bytes) -> dict[str, Any] | None:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(content.decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         return None
     return values if isinstance(values, dict) else None
@@ -155,12 +186,13 @@ def is_complete(run_dir: Path) -> bool:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics file, without a last line that a kill cut short."""
+    """The rows of a metrics file, without a last line that a kill cut short, and without damaged ones."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace")
     with io.StringIO(text[: text.rfind("\n") + 1], newline="") as lines:
-        return [row for row in csv.DictReader(lines) if None not in row.values()]
+        rows = [row for row in csv.DictReader(lines) if None not in (*row, *row.values())]
+        return [row for row in rows if row.get("step", "").isdecimal()]
 
 
 @contextmanager
@@ -180,8 +212,11 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file in one piece."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with writing(path):
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -196,20 +231,41 @@ def open_run(cfg: TrainConfig, run_dir: Path) -> None:
     """
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    if (run_dir / CONFIG_FILE).is_file():
+    path, copy = run_dir / CONFIG_FILE, copy_in_checkpoint(run_dir, CONFIG_FILE)
+    contents = [path.read_bytes()] if path.is_file() else []
+    contents += [] if copy is None else [copy]
+    if contents:
         if cfg.resume == "never":
             raise UserError("resume", f"never, but {run_dir} holds a run", "auto, or another run_dir")
-        there, here = identity(read_given_config(run_dir)), identity(cfg)
-        different = [key for key in here if there.get(key) != here[key]]
-        if different:
-            key = different[0]
-            more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-            raise UserError(
-                "run_dir",
-                f"{run_dir}, holding a run with {key}={there.get(key)} where this one has {here[key]}{more}",
-                "the folder of the same run, or a new one",
-            )
+        problems = [_difference(cfg, run_dir, content) for content in contents]
+        if all(problems):  # else one of both is damaged
+            raise problems[-1]  # type: ignore[misc]
     write_text(run_dir / CONFIG_FILE, yaml.safe_dump(to_dict(cfg), sort_keys=False))
+
+
+def _difference(cfg: TrainConfig, run_dir: Path, content: bytes) -> UserError | None:
+    """What tells that a run whose config.yaml holds `content` is not this one."""
+    values = _mapping(content)
+    if values is None:
+        if not any(run_dir.glob(f"{CHECKPOINTS}/*")):  # nothing that could be another run's
+            return None
+        return UserError(
+            "run_dir", f"{run_dir / CONFIG_FILE}, which is damaged", "a run folder with a whole config.yaml"
+        )
+    try:
+        there, here = identity(load(TrainConfig, values)), identity(cfg)
+    except UserError as error:
+        return error
+    different = [key for key in here if there.get(key) != here[key]]
+    if not different:
+        return None
+    key = different[0]
+    more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+    return UserError(
+        "run_dir",
+        f"{run_dir}, holding a run with {key}={there.get(key)} where this one has {here[key]}{more}",
+        "the folder of the same run, or a new one",
+    )
 
 
 @contextmanager
@@ -219,7 +275,10 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises:
         UserError: another process trains this run.
     """
-    with open(run_dir / ".lock", "w") as file:
+    with writing(run_dir):
+        file = open(run_dir / ".lock", "w")  # noqa: SIM115 (below)
+    os.register_at_fork(after_in_child=file.close)  # data workers live on for some seconds when this process is killed
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -229,7 +288,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 def run_id(run_dir: Path) -> str:
     """The run's id, kept over restarts (loggers use it to go on with the same run)."""
-    known = read_json(run_dir / RUN_FILE).get("id")
+    known = read_facts(run_dir).get("id")
     return known or secrets.token_hex(4)
 
 

@@ -41,14 +41,17 @@ def run(cfg: TrainConfig, command: str = "") -> Path:
         continues = bool(store.list_steps(run_dir / runs.CHECKPOINTS))
         url = cfg.trainer.checkpoint_mirror
         mirror = None if url is None else Mirror(url, run_dir.name)
-        if mirror is not None and not continues:
+
+        def fetch() -> bool:
+            """A checkpoint that is newer than those here, if the mirror has one."""
             with runs.writing(run_dir):
-                fetched = mirror.fetch(run_dir)
+                fetched = None if mirror is None else mirror.fetch(run_dir)
             if fetched is not None:
                 print(f"{run_dir.name}: {fetched.name} fetched from {url}")
-            continues = fetched is not None
-        source = None if continues or cfg.resume in ("auto", "never") else preflight.check_resume(cfg)
-        start = None if continues or cfg.init_from is None else preflight.check_init(cfg)
+            return fetched is not None
+
+        continues = continues or fetch()
+        start = None if continues else preflight.check_start(cfg)
         teachers = preflight.check_teacher(cfg, run_dir)
         data = prepare(cfg.data)
         sizes = Sizes.of(data)
@@ -58,16 +61,21 @@ def run(cfg: TrainConfig, command: str = "") -> Path:
         runs.open_run(cfg, run_dir)
         preflight.check_disk(cfg, run_dir, sizes)
         with runs.locked(run_dir):
-            for note in store.set_aside_damaged(run_dir / runs.CHECKPOINTS):
+            with runs.writing(run_dir):
+                damaged = store.set_aside_damaged(run_dir / runs.CHECKPOINTS)
+            for note in damaged:
                 print(note, file=sys.stderr)
+            if damaged:
+                fetch()
             if continues:
+                runs.restore_metrics(run_dir)
                 preflight.check_same_corpus(run_dir, data)
-            if source is not None:
-                preflight.check_same_tokenizer(source, data, "resume")
+                if not store.list_steps(run_dir / runs.CHECKPOINTS):  # damaged, all of them
+                    start = preflight.check_start(cfg)
             if start is not None:
-                preflight.check_same_tokenizer(start, data, "init_from")
-            facts = {
-                **runs.read_json(run_dir / runs.RUN_FILE),
+                preflight.check_same_tokenizer(start, data, "init_from" if cfg.init_from else "resume")
+            facts: dict[str, Any] = {
+                **runs.read_facts(run_dir),
                 "id": runs.run_id(run_dir),
                 "command": command,
                 "git": runs.git_state(Path.cwd()),
@@ -77,6 +85,8 @@ def run(cfg: TrainConfig, command: str = "") -> Path:
                     for path, teacher in teachers.items()
                 },
             }
+            if start is not None:
+                facts["start"] = str(start)
             if cfg.recipe.decay.factor == "auto" and "decay_search" not in facts:
                 from sparse_pretrain.factor_search import search
 

@@ -40,6 +40,7 @@ from sparse_pretrain.loggers import build_loggers, close_loggers, log_artifact
 from sparse_pretrain.models.count import count_model
 from sparse_pretrain.schema import to_dict
 from sparse_pretrain.sparsity.adapters import load_adapters, save_adapters
+from sparse_pretrain.sparsity.communication import MaskedDDPStrategy
 from sparse_pretrain.sparsity.recipe import SparseTraining
 from sparse_pretrain.tasks.build import build_model, build_task
 from sparse_pretrain.tasks.metrics import MetricsCallback
@@ -65,7 +66,8 @@ def run(run_dir: Path) -> None:
     cfg = runs.read_config(run_dir)
     data = open_store(Path(runs.read_json(run_dir / runs.RUN_FILE)["data"]))
     sizes = Sizes.of(data)
-    checkpoint = find_checkpoint(cfg, run_dir)
+    start = runs.read_json(run_dir / runs.RUN_FILE).get("start")
+    checkpoint = find_checkpoint(cfg, run_dir, start)
     steps_done = store.step_of(checkpoint) if checkpoint else 0
     if cfg.trainer.stop_after is not None and cfg.trainer.stop_after <= steps_done < cfg.trainer.steps:
         print_stop(cfg, run_dir, steps_done)
@@ -75,7 +77,8 @@ def run(run_dir: Path) -> None:
     training = module.sparse_training
     module.forked = checkpoint is not None and checkpoint.parent != run_dir / runs.CHECKPOINTS
     if checkpoint is None and cfg.init_from is not None:
-        load_weights(module, cfg.init_from)
+        assert start is not None
+        load_weights(module, Path(start))
     if checkpoint is None and cfg.recipe.adapter.path is not None:
         load_adapters(module.model, cfg.recipe.adapter.path)
     device = pick_device(cfg.trainer.accelerator, "trainer.accelerator")
@@ -92,6 +95,7 @@ def run(run_dir: Path) -> None:
         cfg.trainer.async_checkpoints,
         mirror or None,
         timedelta(seconds=cfg.trainer.timeout),
+        copies=[run_dir / name for name in runs.COPIED],
     )
     callbacks = [
         TeacherCallback(run_dir),
@@ -191,24 +195,31 @@ def make_strategy(cfg: TrainConfig, training: SparseTraining, saver: Saver) -> S
     # until all have started: trainer.timeout counts from the first step on
     timeout = timedelta(seconds=max(cfg.trainer.timeout, meeting.MEET_SECONDS))
     if cfg.trainer.strategy == "fsdp":
-        return ShardedStrategy(saver, timeout, data_parallel_size=cfg.trainer.ranks, tensor_parallel_size=1)
+        return ShardedStrategy(
+            saver, timeout, data_parallel_size=cfg.trainer.data_ranks, tensor_parallel_size=cfg.trainer.tensor_parallel
+        )
     # Masks and guards are the same on all ranks, being functions of the same weights, losses and norms: sending them
     # (and Ŵ) round before each step would cost half as much as the gradients. Adapters and the logits of masks have no
     # gradient in some phases.
-    return DDPStrategy(
-        timeout=timeout, broadcast_buffers=False, find_unused_parameters=bool(training.adapters or training.own_lr)
-    )
+    options: dict[str, Any] = {
+        "timeout": timeout,
+        "broadcast_buffers": False,
+        "find_unused_parameters": bool(training.adapters or training.own_lr),
+    }
+    masked = training.layers and cfg.recipe.weight_gradient == "masked"
+    return MaskedDDPStrategy(training, **options) if masked else DDPStrategy(**options)
 
 
-def find_checkpoint(cfg: TrainConfig, run_dir: Path) -> Path | None:
-    """The checkpoint to go on from: this run's newest one, else the one that `resume` names, if any. Whether it is
-    whole has been seen before the ranks started: not each of them reads all of it for that."""
+def find_checkpoint(cfg: TrainConfig, run_dir: Path, start: str | None) -> Path | None:
+    """The checkpoint to go on from: this run's newest one, else the one that `resume` has been found to mean, if any.
+    Whether it is whole has been seen before the ranks started: not each of them reads all of it for that."""
     steps = store.list_steps(run_dir / runs.CHECKPOINTS)
     if steps:
         return store.checkpoint_folder(run_dir / runs.CHECKPOINTS, steps[-1])
     if cfg.resume in ("auto", "never"):
         return None
-    return store.resolve(Path(cfg.resume), option="resume")
+    assert start is not None
+    return Path(start)
 
 
 def precision_plugin(dtype: torch.dtype, device: torch.device) -> Precision:
@@ -309,6 +320,9 @@ def quiet_lightning() -> None:
     """Lightning's tips and its advice on loaders do not concern a user of this program."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # weights that are cut twice are gathered in two operations: it says so for each
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing changes it in place
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 

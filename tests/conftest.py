@@ -79,3 +79,20 @@ def tiny(corpus, tmp_path):
         return cfg
 
     return make
+
+
+@pytest.fixture
+def train_together(monkeypatch):
+    """train_together(configs, ranks): these runs, by the same processes."""
+    from sparse_pretrain import launch, train
+    from tests.ranks import run_ranks, train_runs
+
+    def run(configs, ranks: int) -> None:
+        folders: list[Path] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "launch", lambda cfg, run_dir: folders.append(run_dir))
+            for cfg in configs:
+                train.run(cfg)
+        run_ranks(ranks, train_runs, folders)
+
+    return run

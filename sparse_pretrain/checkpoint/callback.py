@@ -11,7 +11,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.plugins import CheckpointIO
 
-from sparse_pretrain.checkpoint import files, store
+from sparse_pretrain.checkpoint import store
 from sparse_pretrain.checkpoint.saver import Saver
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.interrupt import SIGNALS, Interrupted, raise_if_received
@@ -29,7 +29,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return files.read(Path(path))  # verified before the ranks started
+        return store.read(Path(path))  # verified before the ranks started
 
     def remove_checkpoint(self, path: str | Path) -> None:
         raise NotImplementedError("the saver removes checkpoints")

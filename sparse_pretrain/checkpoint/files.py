@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -46,19 +46,20 @@ _NAME = "\0tensor:"  # how such a name begins
 Place = Callable[[str, torch.Size, torch.dtype], Tensor]
 
 
-def write(state: dict[str, Any], folder: Path, together: bool, group: Any = None) -> None:
+def write(state: dict[str, Any], folder: Path, together: bool, group: Any = None, copies: Sequence[Path] = ()) -> None:
     """Write nested dicts and lists of tensors, `DTensor`s and plain values as the checkpoint `folder`.
 
     Args:
         together: whether all ranks write, each its parts; else this one alone, all of it.
         group: of processes, for what the ranks tell each other; default: all.
+        copies: files to put a copy of into the checkpoint, as far as they are there.
 
     Raises:
         OSError, or what else went wrong first, on any rank. What was written so far is deleted.
     """
     tensors: dict[str, Any] = {}
-    structure = _take_tensors(state, "", tensors)
-    writer = _Writer(folder)
+    structure = take_tensors(state, "", tensors)
+    writer = _Writer(folder, copies)
     try:
         with warnings.catch_warnings(action="ignore"):  # that it writes alone is what it is asked for
             planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -92,29 +93,29 @@ def read(folder: Path, place: Place | None = None) -> dict[str, Any]:
     planner.set_up_planner(tensors, metadata, is_coordinator=True)
     reader.set_up_storage_reader(metadata, True)
     reader.read_data(planner.create_local_plan(), planner).wait()
-    return _put_tensors(planner.state_dict[STRUCTURE], tensors)
+    return put_tensors(planner.state_dict[STRUCTURE], tensors)
 
 
-def _take_tensors(value: Any, name: str, tensors: dict[str, Any]) -> Any:
+def take_tensors(value: Any, name: str, tensors: dict[str, Any]) -> Any:
     """The value with names in the places of its tensors, which go to `tensors`."""
     if isinstance(value, Tensor):
         assert name not in tensors, f"two tensors are called {name}"
         tensors[name] = value.detach()
         return _NAME + name
     if isinstance(value, dict):
-        return {key: _take_tensors(item, f"{name}.{key}".lstrip("."), tensors) for key, item in value.items()}
+        return {key: take_tensors(item, f"{name}.{key}".lstrip("."), tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_take_tensors(item, f"{name}.{i}", tensors) for i, item in enumerate(value))
+        return type(value)(take_tensors(item, f"{name}.{i}", tensors) for i, item in enumerate(value))
     return value
 
 
-def _put_tensors(value: Any, tensors: dict[str, Any]) -> Any:
+def put_tensors(value: Any, tensors: dict[str, Any]) -> Any:
     if isinstance(value, str) and value.startswith(_NAME):
         return tensors[value.removeprefix(_NAME)]
     if isinstance(value, dict):
-        return {key: _put_tensors(item, tensors) for key, item in value.items()}
+        return {key: put_tensors(item, tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_put_tensors(item, tensors) for item in value)
+        return type(value)(put_tensors(item, tensors) for item in value)
     return value
 
 
@@ -127,8 +128,9 @@ class _Stored(_StorageInfo):
 
 
 class _Writer(FileSystemWriter):
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, copies: Sequence[Path]) -> None:
         self.folder, self.partial = folder, folder.with_name(f".{folder.name}.partial")
+        self.copies = copies
         super().__init__(self.partial)
         self.fs = self.hashing = _HashingFileSystem()
 
@@ -143,7 +145,12 @@ class _Writer(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         written: Future[list[WriteResult]] = Future()
-        results = super().write_data(plan, planner).value()
+        try:
+            results = super().write_data(plan, planner).value()
+        except RuntimeError as error:  # torch's writer of zip files ends the file, after a write has failed
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         written.set_result([self._with_checksum(result) for result in results])
         return written
 
@@ -157,10 +164,12 @@ class _Writer(FileSystemWriter):
         stored = {result.index: cast(_Stored, result.storage_data) for rank in results for result in rank}
         text = json.dumps(_to_json(metadata, stored)).encode()
         files = {at.relative_path: {"bytes": at.file_bytes, "sha256": at.file_sha256} for at in stored.values()}
-        files[METADATA_FILE] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+        contents = {path.name: path.read_bytes() for path in self.copies if path.is_file()} | {METADATA_FILE: text}
+        for name, content in contents.items():
+            files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         digests = "".join(str(facts["sha256"]) for _, facts in sorted(files.items()))
         manifest = {"format": 2, "sha256": hashlib.sha256(digests.encode()).hexdigest(), "files": files}
-        for name, content in ((METADATA_FILE, text), (MANIFEST_FILE, json.dumps(manifest).encode())):
+        for name, content in (*contents.items(), (MANIFEST_FILE, json.dumps(manifest).encode())):
             with open(self.partial / name, "wb") as file:
                 file.write(content)
                 file.flush()

@@ -19,8 +19,8 @@ OPTION = "trainer.checkpoint_mirror"
 
 
 class Mirror:
-    """The folder of one run at a URL: its files (metrics and so on) and `checkpoints/step-00000100/…`, in each of those
-    the manifest last, so what has one is whole.
+    """The folder of one run at a URL: its files (metrics and so on), for people, and `checkpoints/step-00000100/…`, in
+    each of those the manifest last, so what has one is whole.
 
     Raises:
         UserError: naming trainer.checkpoint_mirror: the URL's protocol is unknown, or its package is not installed.
@@ -34,13 +34,16 @@ class Mirror:
         self.root = f"{root.rstrip('/')}/{run}"
 
     def upload(self, folder: Path, kept: int) -> None:
-        """Copy a whole checkpoint and the run's files, and delete all but the `kept` newest checkpoints there. A run
-        does not end for a copy that fails, after some attempts: it says so."""
+        """Copy a whole checkpoint and the run's files, and delete what is older than the `kept` newest checkpoints
+        there, also what is left of a copy that was killed. A run does not end for a copy that fails, after some
+        attempts: it says so."""
         for attempt in range(ATTEMPTS):
             try:
                 self._upload(folder)
-                for step in self._steps()[:-kept]:
-                    self.fs.rm(self._path(step), recursive=True)
+                oldest = self._steps()[-kept:][0]
+                for step in self._begun():
+                    if step < oldest:
+                        self.fs.rm(self._path(step), recursive=True)
                 return
             except Exception as error:  # of any of fsspec's file systems
                 if attempt == ATTEMPTS - 1:
@@ -57,13 +60,14 @@ class Mirror:
             self.fs.put_file(str(path), f"{target}/{path.name}")
 
     def fetch(self, run_dir: Path) -> Path | None:
-        """Bring the newest whole checkpoint and the run's files to `run_dir`; None = there is nothing to bring.
+        """Bring the newest whole checkpoint to `run_dir`, if it is newer than those there are; None = none is.
 
         Raises:
             UserError: the URL cannot be read.
         """
+        there = store.list_steps(run_dir / "checkpoints")
         try:
-            for step in reversed(self._steps()):
+            for step in reversed([step for step in self._steps() if step > max(there, default=-1)]):
                 folder = store.checkpoint_folder(run_dir / "checkpoints", step)
                 partial = folder.with_name(f".{folder.name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
@@ -71,9 +75,6 @@ class Mirror:
                 self.fs.get(f"{self._path(step)}/", f"{partial}/", recursive=True)
                 problem = store.damage(partial)
                 if problem is None:
-                    for path in self.fs.ls(self.root, detail=False):
-                        if self.fs.isfile(path):
-                            self.fs.get_file(path, str(run_dir / str(path).rpartition("/")[2]))
                     os.rename(partial, folder)
                     return folder
                 print(f"the copy of {folder.name} is damaged ({problem}): not used", file=sys.stderr)
@@ -84,13 +85,15 @@ class Mirror:
 
     def _steps(self) -> list[int]:
         """Of the copies that have a manifest, oldest first."""
+        return [step for step in self._begun() if self.fs.exists(f"{self._path(step)}/{MANIFEST_FILE}")]
+
+    def _begun(self) -> list[int]:
+        """Of all copies, whole or not, oldest first."""
         self.fs.invalidate_cache()
         if not self.fs.exists(f"{self.root}/checkpoints"):
             return []
         there = self.fs.ls(f"{self.root}/checkpoints", detail=False)
-        names = [str(path).rstrip("/").rpartition("/")[2] for path in there]
-        steps = sorted(store.step_of(Path(name)) for name in names if name.startswith("step-"))
-        return [step for step in steps if self.fs.exists(f"{self._path(step)}/{MANIFEST_FILE}")]
+        return store.steps_named(str(path).rstrip("/").rpartition("/")[2] for path in there)
 
     def _path(self, step: int) -> str:
         return f"{self.root}/checkpoints/{store.checkpoint_folder(Path(), step).name}"

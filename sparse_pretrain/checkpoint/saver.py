@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -28,12 +29,18 @@ class Saver:
         background: whether `save` returns as soon as the state is copied, to the CPU. What goes wrong then is raised by
             the next `save` or `wait`.
         timeout: how long a rank waits for another there.
+        copies: files that each holds a copy of.
     """
 
     def __init__(
-        self, kept: int, background: bool = False, mirror: Mirror | None = None, timeout: timedelta | None = None
+        self,
+        kept: int,
+        background: bool = False,
+        mirror: Mirror | None = None,
+        timeout: timedelta | None = None,
+        copies: Sequence[Path] = (),
     ) -> None:
-        self.kept, self.mirror, self.timeout = kept, mirror, timeout
+        self.kept, self.mirror, self.timeout, self.copies = kept, mirror, timeout, copies
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._pending: Future[None] | None = None
         self._group: Any = None
@@ -57,12 +64,12 @@ class Saver:
 
     def _save(self, state: dict[str, Any], folder: Path, together: bool) -> None:
         try:
-            store.save(state, folder, together, self._group)
+            store.save(state, folder, together, self._group, self.copies)
         except UserError as error:  # a network file system may be back soon
             if not together or torch.distributed.get_rank() == 0:
                 print(f"{error}; once more in {RETRY_SECONDS} s", file=sys.stderr, flush=True)
             time.sleep(RETRY_SECONDS)
-            store.save(state, folder, together, self._group)
+            store.save(state, folder, together, self._group, self.copies)
         if not together or torch.distributed.get_rank() == 0:
             store.prune(folder.parent, self.kept)
             if self.mirror is not None:

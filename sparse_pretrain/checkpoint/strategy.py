@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from sparse_pretrain.checkpoint import files
+from sparse_pretrain.checkpoint import store
 from sparse_pretrain.checkpoint.saver import Saver
 
 
@@ -43,7 +43,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.saver.save(checkpoint, Path(filepath), together=True)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        return files.read(Path(checkpoint_path), self._place)  # verified before the ranks started
+        return store.read(Path(checkpoint_path), self._place)  # verified before the ranks started
 
     def _place(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
         """A `DTensor` for a sharded weight and its moments, a tensor on the CPU for all else."""

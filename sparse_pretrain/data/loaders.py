@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from sparse_pretrain.data.sampler import ExampleSampler, PackedSampler
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.interrupt import ignore_signals
+from sparse_pretrain.sharding import data_parallel_rank
 
 
 class StepLoader:
@@ -131,16 +132,14 @@ class StepDataModule(lightning.LightningDataModule, ABC):
         start = self.start_step() if self.start_step else trainer.global_step
         return self.train_loader(
             range(start, self.total_steps),
-            trainer.global_rank,
-            trainer.world_size,
+            *data_parallel_rank(trainer),
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
 
     def val_dataloader(self) -> StepLoader:
         trainer = self._trainer()
         return self.validation_loader(
-            trainer.global_rank,
-            trainer.world_size,
+            *data_parallel_rank(trainer),
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
 

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sparse_pretrain.config import TrainConfig
 from sparse_pretrain.config_models import TransformerConfig
 from sparse_pretrain.tasks.build import build_model, task_class
-from sparse_pretrain.tasks.task import Sizes, blocks_of
+from sparse_pretrain.tasks.sharding import blocks_of
+from sparse_pretrain.tasks.task import Sizes
 
 RULE = (
     "activations: every tensor that autograd keeps in one forward pass of a micro-batch, each memory once, as PyTorch "
@@ -48,10 +49,14 @@ class Activations:
 
 
 def count_activations(cfg: TrainConfig, sizes: Sizes, dtype: torch.dtype) -> Activations:
-    """Of the dense model; a sparse layer keeps the same, but no copy of its weight (`copies`).
+    """Of the dense model; a sparse layer keeps the same, but no copy of its weight (`copies`). Of FFNs that devices
+    compute together what one of them keeps: as of FFNs of a part of their width.
 
     Passes of one and two examples tell what grows with them.
     """
+    if isinstance(cfg.model, TransformerConfig):
+        width = cfg.model.ffn_width // cfg.trainer.tensor_parallel
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, d_ff=width))
     plain, block, logits = _kept(_with_checkpointing(cfg, False), sizes, dtype)
     if not isinstance(cfg.model, TransformerConfig):
         return Activations(plain, plain, logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 
 from sparse_pretrain.config import RecipeConfig, TrainConfig
 from sparse_pretrain.planning.activations import Activations
-from sparse_pretrain.planning.network import Network, Parameter
+from sparse_pretrain.planning.network import Network, Parameter, SparseLayer
 
 FP32 = 4
 PACKED = 1 / 2, 1 / 8  # of a weight: values in its dtype, and bytes of metadata (2 bits for each kept one)
@@ -30,33 +31,68 @@ class Layout:
     """How a run is spread.
 
     world: devices in all; sharded: whether each holds a part of every weight (FSDP2); dtype: of products; packed:
-    whether the 2:4 weights are held as sparse products want them.
+    whether the 2:4 weights are held as sparse products want them; tensor_parallel: how many consecutive devices compute
+    each FFN together, each with a part of it, which is sharded over as many devices as there are such groups.
     """
 
     world: int
     sharded: bool
     dtype: torch.dtype
     packed: bool = False
+    tensor_parallel: int = 1
+
+    def part(self, parameter: Parameter) -> tuple[int, ...]:
+        """The shape of what a device computes with."""
+        cut = parameter.cut
+        return tuple(n // self.tensor_parallel if i == cut else n for i, n in enumerate(parameter.shape))
+
+    def weights(self, layer: SparseLayer) -> int:
+        """How many of a layer's weights a device computes with."""
+        return math.prod(self.part(layer.weight))
+
+    def shape(self, layer: SparseLayer) -> tuple[int, int]:
+        """(out_features, in_features) of a layer as a device computes it."""
+        sizes = [layer.out_features, layer.in_features]
+        if layer.weight.cut is not None:
+            sizes[layer.weight.cut] //= self.tensor_parallel
+        return sizes[0], sizes[1]
+
+    def devices(self, parameter: Parameter) -> int:
+        """Over how many it is sharded."""
+        return self.world // self.tensor_parallel if parameter.ffn else self.world
 
     def local(self, parameter: Parameter, rank: int = 0) -> int:
         """How many of a parameter's numbers a device holds: of rank 0, which has the most, unless another is asked for.
         FSDP2 cuts the first dimension into equal parts, the last ones shorter or empty."""
         if not self.sharded:
             return parameter.numel
-        first = parameter.shape[0]
-        part = -(-first // self.world)
-        return parameter.numel // first * max(min(part, first - rank * part), 0)
+        shape = self.part(parameter)
+        length = -(-shape[0] // self.devices(parameter))
+        number = rank // self.tensor_parallel if parameter.ffn else rank
+        return math.prod(shape[1:]) * max(min(length, shape[0] - number * length), 0)
 
-    def padded(self, parameters: Iterable[Parameter]) -> int:
-        """Numbers that collectives of these parameters move: every part is as long as the first."""
-        return sum(-(-p.shape[0] // self.world) * self.world * (p.numel // p.shape[0]) for p in parameters)
+    def gathered(self, parameters: Iterable[Parameter]) -> int:
+        """Numbers that a device has of these, whole or its part of an FFN, while it computes with them: every shard is
+        as long as the first."""
+        return sum(self.devices(p) * self.local(p) for p in parameters)
+
+    def sent(self, parameters: Iterable[Parameter]) -> int:
+        """Numbers that it sends for that, or to reduce gradients of as many."""
+        return sum((self.devices(p) - 1) * self.local(p) for p in parameters)
+
+    def sent_for_whole(self, parameters: Iterable[Parameter]) -> int:
+        """Numbers that it sends so that every device has all of these: parts of FFNs are gathered in two rings, one
+        after the other, which together send what one ring of all would."""
+        return sum((self.world - 1) * self.local(p) for p in parameters)
 
 
 def training_state(network: Network, cfg: TrainConfig, layout: Layout, rank: int = 0) -> list[Part]:
     """What stays from step to step."""
     parameters, recipe = network.parameters, cfg.recipe
     sparse = sum(layer.numel for layer in network.sparse)
+    own = sum(map(layout.weights, network.sparse))
     whole = ", whole on every device" if layout.sharded else ""
+    of_ffns = f", of FFNs 1/{layout.tensor_parallel}" if own < sparse else whole
     masks = 2 if recipe.input_gradient == "double_pruned" else 1
     per_weight, form = _sparse_weight(recipe, layout)
     parts = [
@@ -64,11 +100,12 @@ def training_state(network: Network, cfg: TrainConfig, layout: Layout, rank: int
         Part("gradients, fp32", FP32 * sum(layout.local(p, rank) for p in parameters)),
         Part("optimizer moments, fp32", FP32 * sum(p.moments * layout.local(p, rank) for p in parameters)),
         Part("masks", masks * sparse, f"1 byte a weight{', two masks' if masks == 2 else ''}{whole}"),
-        Part("2:4 weights", round(per_weight * sparse), f"{form}{whole}"),
+        Part("2:4 weights", round(per_weight * own), f"{form}{of_ffns}"),
         Part("other buffers", network.buffers + _recipe_buffers(network, recipe), "positions, noise, sums of inputs"),
     ]
     if "self" in recipe.teacher.models:
-        parts.append(Part("the teacher self", FP32 * sum(p.numel for p in parameters), "a copy in fp32"))
+        copy = FP32 * sum(layout.local(p, rank) for p in network.dense_parameters)
+        parts.append(Part("the teacher self", copy, "a copy in fp32"))
     return [Part(part.name, part.bytes, part.note, held=True) for part in parts if part.bytes]
 
 
@@ -115,12 +152,12 @@ def step_memory(
         trained = FP32 * sum(p.numel for p in network.parameters)
         parts.append(Part("DDP's buckets", trained, "gradients as they are sent, fp32"))
     if layout.sharded:
-        largest = max((layout.padded(block) for block in network.blocks), default=0)
-        root = layout.padded(network.root)
+        largest = max((layout.gathered(block) for block in network.blocks), default=0)
+        root = layout.gathered(network.root)
         gathered = FP32 * (2 * largest + root)
         parts.append(Part("gathered weights, fp32", gathered, "the largest block twice, and what is in no block"))
         parts.append(Part("gathered gradients, fp32", gathered, "the same, before they are reduced"))
-    sparse = _sparse_weights(network, checkpointing)
+    sparse = _sparse_weights(network, layout, checkpointing)
     name, size = str(layout.dtype).removeprefix("torch."), layout.dtype.itemsize
     copies = round(kept.copies) - (size * sparse if layout.dtype != torch.float32 else 0)  # a sparse layer has its Ŵ
     parts.append(Part("copies of dense weights", max(copies, 0), f"{name}, kept for the backward pass"))
@@ -136,15 +173,15 @@ def step_memory(
     return [part for part in parts if part.bytes]
 
 
-def _sparse_weights(network: Network, checkpointing: bool) -> int:
+def _sparse_weights(network: Network, layout: Layout, checkpointing: bool) -> int:
     """Of all sparse layers, or of those of the block that has most of them: the one that is computed again."""
     if not checkpointing:
-        return sum(layer.numel for layer in network.sparse)
+        return sum(map(layout.weights, network.sparse))
     blocks: dict[int, int] = {}
     for layer in network.sparse:
         if layer.name in network.block_of:
             number = network.block_of[layer.name]
-            blocks[number] = blocks.get(number, 0) + layer.numel
+            blocks[number] = blocks.get(number, 0) + layout.weights(layer)
     return max(blocks.values(), default=0)
 
 
@@ -157,7 +194,7 @@ def fitting_micro_batch(
     checkpointing: bool,
 ) -> int | None:
     """The largest divisor of the examples of each device whose step needs at most `budget` bytes; None = not even 1."""
-    per_device = cfg.trainer.batch_size // layout.world
+    per_device = cfg.trainer.batch_size // cfg.trainer.data_ranks
     held = sum(part.bytes for part in training_state(network, cfg, layout))
     for size in range(per_device, 0, -1):
         if per_device % size == 0:

@@ -12,23 +12,33 @@ from torch import nn
 
 from sparse_pretrain.config import TrainConfig
 from sparse_pretrain.limits import parse_pattern
+from sparse_pretrain.models.blocks import FeedForward
 from sparse_pretrain.models.count import BACKWARD, ModelCount, count_model
 from sparse_pretrain.optim.build import hidden_weights
-from sparse_pretrain.sparsity.adapters import attach, make_adapter, with_options_of_file
+from sparse_pretrain.sparsity.adapters import adapters_of, attach, make_adapter, with_options_of_file
 from sparse_pretrain.sparsity.swap import select_layers
 from sparse_pretrain.tasks.build import build_model, task_class
-from sparse_pretrain.tasks.task import Sizes, blocks_of
+from sparse_pretrain.tasks.sharding import blocks_of
+from sparse_pretrain.tasks.task import Sizes
 
 VOCABULARY, IMAGE_CLASSES, TEXT_CLASSES = 32_768, 1000, 3  # assumed where only the data would tell
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """shape: of the whole; moments: how many the optimizer keeps of it; logits: whether it is of a learned mask."""
+    """shape: of the whole; moments: how many the optimizer keeps of it (Muon: one); logits: whether it is of a learned
+    mask; added: whether it is not of the dense model.
+
+    Devices may compute FFNs together (`trainer.tensor_parallel`). ffn: whether it is of one; cut: the dimension that
+    they then cut into parts; None = each has it whole.
+    """
 
     shape: tuple[int, ...]
     moments: int
     logits: bool = False
+    added: bool = False
+    ffn: bool = False
+    cut: int | None = None
 
     @property
     def numel(self) -> int:
@@ -37,10 +47,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class SparseLayer:
-    """shape: of the weight as it is kept; rows: of its product's input for one example; groups: of a convolution."""
+    """weight: as it is kept; rows: of its product's input for one example; groups: of a convolution."""
 
     name: str
-    shape: tuple[int, ...]
+    weight: Parameter
     out_features: int
     in_features: int
     rows: int
@@ -48,7 +58,7 @@ class SparseLayer:
 
     @property
     def numel(self) -> int:
-        return math.prod(self.shape)
+        return self.weight.numel
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,8 @@ class Network:
         buffers: bytes of the dense model's buffers.
         product_weights: numbers of weights of the linear layers and convolutions, by name.
         block_of: the number of the block that each of them is in, if any, by name.
+        ffn_outputs: how many numbers all FFNs give out, and take in, for one example.
+        cut_flop: of one example's forward pass, with those weights of FFNs that devices may cut into parts.
         count: parameters and FLOP.
     """
 
@@ -71,11 +83,17 @@ class Network:
     buffers: int
     product_weights: dict[str, int]
     block_of: dict[str, int]
+    ffn_outputs: int
+    cut_flop: int
     count: ModelCount
 
     @property
     def parameters(self) -> list[Parameter]:
         return [parameter for group in (*self.blocks, self.root) for parameter in group]
+
+    @property
+    def dense_parameters(self) -> list[Parameter]:
+        return [parameter for parameter in self.parameters if not parameter.added]
 
     def forward_flop(self, tokens_per_example: int) -> int:
         """Of one example."""
@@ -138,10 +156,27 @@ def read_network(cfg: TrainConfig, sizes: Sizes) -> Network:
     muon = hidden_weights(model) if cfg.optimizer.name == "muon" else set()
     frozen = _frozen(cfg)
     own = {name for name, _ in dense.named_parameters()}
+    cuts: dict[nn.Parameter, int | None] = {}
+    ffn_outputs = cut_flop = 0
+    for name, ffn in model.named_modules():
+        if isinstance(ffn, FeedForward):
+            ffn_outputs += count.rows[f"{name}.down"] * ffn.down.out_features
+            for part, dimension in (("up", 0), ("gate", 0), ("down", 1)):
+                if isinstance(linear := getattr(ffn, part), nn.Linear):
+                    found = _cuts(linear, dimension)
+                    cuts |= found
+                    products = sum(p.numel() for p, cut in found.items() if cut is not None and p.dim() == 2)
+                    cut_flop += 2 * count.rows[f"{name}.{part}"] * products
 
     def describe(name: str, parameter: nn.Parameter) -> Parameter:
-        moments = 1 if parameter in muon else 2
-        return Parameter(tuple(parameter.shape), 0 if frozen and name in own else moments, parameter in logits)
+        return Parameter(
+            tuple(parameter.shape),
+            moments=0 if frozen and name in own else 1 if parameter in muon else 2,
+            logits=parameter in logits,
+            added=name not in own,
+            ffn=parameter in cuts,
+            cut=cuts.get(parameter),
+        )
 
     names = {parameter: name for name, parameter in model.named_parameters()}
     blocks, taken = [], set()
@@ -157,7 +192,7 @@ def read_network(cfg: TrainConfig, sizes: Sizes) -> Network:
         sparse=[
             SparseLayer(
                 row.name,
-                tuple(shapes[row.name].weight.shape),  # type: ignore[arg-type]
+                describe(f"{row.name}.weight", shapes[row.name].weight),  # type: ignore[arg-type]
                 row.out_features,
                 row.in_features,
                 count.rows.get(row.name, 0),
@@ -169,8 +204,20 @@ def read_network(cfg: TrainConfig, sizes: Sizes) -> Network:
         buffers=sum(buffer.nbytes for buffer in dense.buffers()),
         product_weights={row.name: shapes[row.name].weight.numel() for row in rows},  # type: ignore[operator]
         block_of={row.name: members[shapes[row.name]] for row in rows if shapes[row.name] in members},
+        ffn_outputs=ffn_outputs,
+        cut_flop=cut_flop,
         count=count,
     )
+
+
+def _cuts(layer: nn.Linear, dimension: int) -> dict[nn.Parameter, int | None]:
+    """The parameters of a layer of which each of several devices computes a part, cut along this dimension of its
+    weight: the dimension along which each is cut, if it is."""
+    cuts: dict[str, int | None] = {"weight": dimension, "mask_logits": dimension, "bias": 0}
+    for adapter in adapters_of(layer).values():
+        for name, placement in adapter.placements(dimension).items():
+            cuts[f"adapter.{name}"] = getattr(placement, "dim", None)
+    return {parameter: cuts[name] for name, parameter in layer.named_parameters()}
 
 
 def _frozen(cfg: TrainConfig) -> bool:

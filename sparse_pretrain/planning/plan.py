@@ -52,6 +52,7 @@ class Plan:
     can_checkpoint: whether the model has activation checkpointing.
     saving: what measured products save; None without measurements. needed: gain of step time -> the speed-up of 2:4
     products that it needs, None = none would do; empty with measurements. sparse_share: of the steps.
+    bandwidth_gbs, node_gbs: GB/s of a device in a ring through all, and in one within a node.
     """
 
     layout: Layout
@@ -60,6 +61,7 @@ class Plan:
     budget_bytes: float
     peak_tflops: float
     bandwidth_gbs: float
+    node_gbs: float
     micro_batch: int
     checkpointing: bool
     can_checkpoint: bool
@@ -69,6 +71,9 @@ class Plan:
     needed: dict[float, float | None]
     sparse_share: float
     assumptions: list[str]
+
+    def seconds_of(self, one: Traffic) -> float:
+        return one.bytes / 1e9 / (self.node_gbs if one.within_node else self.bandwidth_gbs)
 
     def seconds(self, cfg: PlanConfig) -> tuple[float, float]:
         """Of the whole run: of the dense recipe, and of the one asked for with its dense phases."""
@@ -94,13 +99,16 @@ def make_plan(cfg: PlanConfig) -> Plan:
     measured = read_rates(cfg.rates, device.name) if cfg.rates is not None else None
     asked = trainer.backend not in ("auto", "dense")
     packed = asked or (measured is not None and trainer.backend == "auto")
-    layout = Layout(world, sharded=trainer.strategy == "fsdp" and world > 1, dtype=dtype, packed=packed)
+    sharded = trainer.strategy == "fsdp" and world > 1
+    layout = Layout(world, sharded, dtype, packed, trainer.tensor_parallel)
     sizes, assumed = sizes_of(cfg)
     checkpointing = bool(getattr(cfg.model, "activation_checkpointing", False))
     activations = count_activations(cfg, sizes, dtype)
     peak = trainer.peak_tflops or device.tflops
     bandwidth, link = _bandwidth(cfg, device)
-    micro_batch = trainer.micro_batch_size or trainer.batch_size // world
+    within_node = cfg.bandwidth_gbs or device.link_gbs
+    micro_batch = trainer.micro_batch_size or trainer.batch_size // trainer.data_ranks
+    micro_batches = trainer.batch_size // trainer.data_ranks // micro_batch
     total = (cfg.memory_gb or device.memory_gb) * 1e9
     budget = total - cfg.overhead_gb * 1e9
 
@@ -118,7 +126,7 @@ def make_plan(cfg: PlanConfig) -> Plan:
         done = duration.work(network, run, layout, checkpointing)
         compute = done.total / (rate * 1e12) - (saving.seconds if saving is not None and not dense else 0.0)
         sent = communication.traffic(network, run, layout)
-        step = duration.step_time(compute, trainer.batch_size // world // micro_batch, sent, bandwidth * 1e9)
+        step = duration.step_time(compute, micro_batches, sent, bandwidth * 1e9, within_node * 1e9)
         held = memory.training_state(network, run, layout)
         needs = {
             on: held + memory.step_memory(network, run, layout, activations, micro_batch, on) for on in (False, True)
@@ -147,6 +155,7 @@ def make_plan(cfg: PlanConfig) -> Plan:
         budget_bytes=budget,
         peak_tflops=peak,
         bandwidth_gbs=bandwidth,
+        node_gbs=within_node,
         micro_batch=micro_batch,
         checkpointing=checkpointing,
         can_checkpoint=isinstance(cfg.model, TransformerConfig),
@@ -211,6 +220,13 @@ def _assumptions(
         lines.append(
             f"collectives are rings at {link}, without latency; DDP's hide behind the last backward pass, "
             f"FSDP's behind all compute, what is {BETWEEN} behind nothing"
+        )
+    if layout.tensor_parallel > 1:
+        lines.append(
+            f"{layout.tensor_parallel} devices of a node compute each FFN together, and everything else each for "
+            "itself, of the same examples (trainer.tensor_parallel); their all-reduces, at "
+            f"{cfg.bandwidth_gbs or device.link_gbs:g} GB/s, hide behind nothing, as no device has anything else to "
+            "compute meanwhile; products of parts take as long for each FLOP as whole ones"
         )
     if trainer.nodes == 1 and trainer.devices > USUAL_NODE:
         lines.append(

@@ -19,10 +19,11 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from sparse_pretrain.config import AdapterConfig
 from sparse_pretrain.errors import UserError
-from sparse_pretrain.sharding import put, whole
+from sparse_pretrain.sharding import own, put, whole
 from sparse_pretrain.sparsity.linear import SparseLinear, is_conv1d
 
 _FORMAT = {"format": "sparse-pretrain adapters", "format_version": "1"}
@@ -59,6 +60,11 @@ class Adapter(nn.Module):
 
     def options(self) -> dict[str, str]:
         """What has to be the same for saved parameters to mean the same, as text."""
+        raise NotImplementedError
+
+    def placements(self, dimension: int) -> dict[str, Placement]:
+        """Where ranks compute the layer together, split along this dimension of its weight: how the parameters are
+        spread so that each adds what belongs to its part."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -115,7 +121,10 @@ class LoRA(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns what is added to the layer's output, (..., out_features)."""
-        return F.linear(F.linear(x, self.a), self.b) * (self.alpha / self.rank)
+        return F.linear(F.linear(x, own(self.a)), own(self.b)) * (self.alpha / self.rank)
+
+    def placements(self, dimension: int) -> dict[str, Placement]:
+        return {"a": Replicate(), "b": Shard(0)} if dimension == 0 else {"a": Shard(1), "b": Replicate()}
 
     def delta(self) -> Tensor:
         return (self.b @ self.a) * (self.alpha / self.rank)
@@ -166,8 +175,13 @@ class SLoRB(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns what is added to the layer's output, (..., out_features)."""
-        sums = x.unflatten(-1, (-1, self.group)).sum(-1) if self.p is None else F.linear(x, self.p)
-        return F.linear(sums, self.s)
+        sums = x.unflatten(-1, (-1, self.group)).sum(-1) if self.p is None else F.linear(x, own(self.p))
+        return F.linear(sums, own(self.s))
+
+    def placements(self, dimension: int) -> dict[str, Placement]:
+        if self.p is None:
+            return {"s": Shard(dimension)}
+        return {"p": Replicate(), "s": Shard(0)} if dimension == 0 else {"p": Shard(1), "s": Replicate()}
 
     def delta(self) -> Tensor:
         return self.s.repeat_interleave(self.group, dim=1) if self.p is None else self.s @ self.p

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_pretrain.config import LearnedConfig
-from sparse_pretrain.sharding import put, whole
+from sparse_pretrain.sharding import Split, own, put, whole
 
 
 class LearnedMask(nn.Module):
@@ -58,12 +58,13 @@ class LearnedMask(nn.Module):
         generator = torch.Generator(self.noise.device).manual_seed(seed)
         self.noise.exponential_(generator=generator).log_().neg_()
 
-    def soft_mask(self, logits: Tensor | None = None) -> Tensor:
+    def soft_mask(self, split: Split | None = None, logits: Tensor | None = None) -> Tensor:
         """The mask of this step, (out_features, in_features) float32 in [0, 1], differentiable in the logits (default:
-        its own)."""
-        logits = self.logits if logits is None else logits
+        its own); with `split` the part of this rank."""
+        logits = own(self.logits) if logits is None else logits
+        noise = self.noise if split is None else split.part(self.noise)
         with torch.autocast(logits.device.type, enabled=False):
-            share = ((self.scale * logits + self.noise) / self.temperature).softmax(dim=-1)
+            share = ((self.scale * logits + noise) / self.temperature).softmax(dim=-1)
             return (share @ self.patterns).flatten(1)
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparse_pretrain.config import RecipeConfig
 from sparse_pretrain.limits import parse_pattern
-from sparse_pretrain.sharding import whole
+from sparse_pretrain.sharding import Split, own, whole
 from sparse_pretrain.sparsity.learned import LearnedMask
 
 
@@ -68,6 +68,7 @@ class SparseLinear(nn.Module):
         self.weight_gradient = recipe.weight_gradient
         self.fp8 = recipe.fp8
         self.mvue: MvueKey | None = None  # set by SparseTraining
+        self.split: Split | None = None  # set where ranks compute the layer together: each then has a part of Ŵ
         self.plan = Plan()  # dense products, until `sparsity.products` has measured
         self.product_dtype = self.weight.dtype
         self._whole: Tensor | None = None
@@ -103,6 +104,18 @@ class SparseLinear(nn.Module):
     def master_weight(self) -> Tensor:
         """`weight`, whole where it is sharded: every rank then has to ask."""
         return whole(self.weight.detach()) if self._whole is None else self._whole
+
+    def part(self, matrix: Tensor) -> Tensor:
+        """Of a matrix (out_features, in_features) what this rank computes with."""
+        return matrix if self.split is None else self.split.part(matrix).contiguous()
+
+    @property
+    def part_shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of what this rank computes with."""
+        shape = [self.out_features, self.in_features]
+        if self.split is not None:
+            shape[self.split.dimension] //= self.split.mesh.size()
+        return shape[0], shape[1]
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -161,12 +174,13 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def project(self) -> None:
         """Recompute Ŵ, which is M⊙W or β·S(W), from the master weight and go on with it."""
-        weight, mask, scale = self.out_by_in(self.master_weight()), self.out_by_in(self.mask), self.scale
-        input_mask = mask if self.input_mask is None else self.out_by_in(self.input_mask)
+        weight, mask = self.part(self.out_by_in(self.master_weight())), self.part(self.out_by_in(self.mask))
+        input_mask = mask if self.input_mask is None else self.part(self.out_by_in(self.input_mask))
+        scale = self.scale
         if self.fp8:
             dense = ops.sparse_weight(weight, mask, scale, torch.float32)
             other = None if self.input_gradient == "same" else self._weight_of_dx(weight, mask, input_mask).float()
-            self._hold(fp8_weight(dense, self.plan.forward, other))
+            self._hold(fp8_weight(dense, self.plan.forward, other, self._group))
             return
         if self.plan.forward == self.plan.input_gradient == "dense":
             self.packed = None
@@ -223,14 +237,14 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features); returns (..., out_features)."""
-        weight = self.out_by_in(self.weight)
+        weight = self.out_by_in(own(self.weight))
         training = self.training and torch.is_grad_enabled()
         if self.step_square is not None and training:  # twice if recomputed for the backward pass, as all others then
-            self.step_square += self._input_square(x.detach().float())
+            self._measure(self.step_square, x.detach().float())
         if not self.is_sparse:
             return self._product(x, weight)
         if self.learned is not None and training:
-            return self._product(x, weight * self.learned.soft_mask())
+            return self._product(x, weight * self.learned.soft_mask(self.split))
         if self.weight_gradient == "mvue" and self.mvue is None and torch.is_grad_enabled():
             raise RuntimeError("a layer with weight_gradient=mvue trains only under a SparseTraining")
         packed = self.packed is not None and not self.fp8
@@ -240,17 +254,31 @@ class SparseLinear(nn.Module):
             )
         return self._sparse_product(x, weight)
 
+    def _measure(self, total: Tensor, x: Tensor) -> None:
+        """Add the squares of this rank's inputs, of those that several have once."""
+        if self.split is None or (self.split.dimension == 0 and self.split.is_first):
+            total += self._input_square(x)
+        elif self.split.dimension == 1:
+            self.split.part(total, 0).add_(self._input_square(x))
+
     def _input_square(self, x: Tensor) -> Tensor:
         """Per input the sum of squares over all tokens."""
         return x.square().flatten(0, -2).sum(dim=0)
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         """With any weight (out_features, in_features), differentiable in it."""
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, weight, self._bias())
+
+    def _bias(self) -> Tensor | None:
+        return self.bias if self.split is None else self.split.bias(self.bias, self.out_features)
+
+    @property
+    def _group(self) -> str | None:
+        return None if self.split is None else self.split.group
 
     def _sparse_product(self, x: Tensor, weight: Tensor) -> Tensor:
         """With Ŵ; the straight-through gradient goes to `weight`, the master weight."""
-        return sparse_linear(x, weight, self._operands(), self.bias, self.mvue, self.fp8)
+        return sparse_linear(x, weight, self._operands(), self._bias(), self.mvue, self.fp8, self._group)
 
     def _operands(self) -> SparseWeight:
         if self.packed is not None:

@@ -62,8 +62,7 @@ def choose_plans(
             continue
         shape = LayerShape(
             rows[name],
-            layer.out_features,
-            layer.in_features,
+            *layer.part_shape,
             dtype,
             transposable=layer.input_is_sparse,
             mvue=layer.weight_gradient == "mvue",

@@ -202,7 +202,7 @@ class SparseTraining:
             if layer.learned is None or not layer.is_sparse or not weight:
                 continue
             logits = whole(layer.learned.logits.detach()).requires_grad_()
-            kept = layer.out_by_in(layer.master_weight()) * layer.learned.soft_mask(logits)
+            kept = layer.out_by_in(layer.master_weight()) * layer.learned.soft_mask(logits=logits)
             (gradient,) = torch.autograd.grad(-weight * kept.square().sum(), logits)
             own = layer.learned.logits
             own.grad = torch.zeros_like(own) if own.grad is None else own.grad
@@ -221,8 +221,11 @@ class SparseTraining:
             self._counter = torch.zeros(2, dtype=torch.int64, device=device)
             if self.recipe.weight_gradient == "mvue":
                 for index, layer in enumerate(layers):
-                    # The index as a tensor: blocks compiled from one code share their graph.
-                    layer.mvue = MvueKey(self.seed, torch.tensor(index, device=device), self._counter)
+                    by_rows = layer.split is not None and layer.split.dimension == 0
+                    first = layer.split.first(layer.out_features) if layer.split is not None and by_rows else 0
+                    # As tensors: blocks compiled from one code share their graph.
+                    where = torch.tensor([index, first], device=device)
+                    layer.mvue = MvueKey(self.seed, where[0], self._counter, where[1])
         self.decay.masks = self._masks()
 
     def _masks(self) -> dict[nn.Parameter, Tensor]:

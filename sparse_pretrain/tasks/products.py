@@ -32,11 +32,11 @@ class ProductsCallback(lightning.Callback):
             return
         plans: dict[str, Plan] = {}
         if trainer.is_global_zero:
-            plans = self._plans(pl_module, trainer.world_size)
+            plans = self._plans(pl_module)
         plans = trainer.strategy.broadcast(plans)
         apply_plans(pl_module.model, plans, self.dtype)
 
-    def _plans(self, module: Task, ranks: int) -> dict[str, Plan]:
+    def _plans(self, module: Task) -> dict[str, Plan]:
         cfg = module.cfg
         device = torch.device("cuda", torch.cuda.current_device()) if module.device.type == "cuda" else module.device
         facts = runs.read_json(self.run_dir / runs.RUN_FILE)
@@ -44,7 +44,7 @@ class ProductsCallback(lightning.Callback):
         recorded = facts.get("sparse_products")
         if recorded and recorded["measured_on"] == here and module.steps_done:
             return {name: Plan(*choices) for name, choices in recorded["plans"].items()}
-        batch = cfg.trainer.batch_size // ranks
+        batch = cfg.trainer.batch_size // cfg.trainer.data_ranks
         micro_batch = min(cfg.trainer.micro_batch_size or batch, batch)
         plans, table = choose_plans(
             module.model,

@@ -11,18 +11,17 @@ import lightning
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from sparse_pretrain.config import TrainConfig
-from sparse_pretrain.models.vit import ViT
 from sparse_pretrain.optim.build import build_optimizers
 from sparse_pretrain.optim.schedules import lr_share
 from sparse_pretrain.seeds import hash_seed
-from sparse_pretrain.sharding import whole
+from sparse_pretrain.sharding import data_parallel_rank, whole
 from sparse_pretrain.sparsity.recipe import SparseTraining
 from sparse_pretrain.sparsity.schedule import SPARSE
 from sparse_pretrain.sparsity.swap import sparsify
 from sparse_pretrain.tasks.guard import StepGuard
+from sparse_pretrain.tasks.sharding import blocks_of, shard
 
 if TYPE_CHECKING:
     from sparse_pretrain.tasks.teacher import Teacher
@@ -122,17 +121,12 @@ class Task(lightning.LightningModule):
         return batch
 
     def configure_model(self) -> None:
-        """Under FSDP2: shard every block, then what is left. Lightning calls it on each rank, once there is a mesh."""
+        """Under FSDP2: shard the model. Lightning calls it on each rank, once there is a mesh."""
         if self.device_mesh is None or self.sharded:
             return
-        mesh = self.device_mesh["data_parallel"]
         for layer in self.sparse_training.layers.values():
             layer.release()
-        for block in blocks_of(self.model):
-            fully_shard(block, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
-        if isinstance(self.model, ViT):
-            register_fsdp_forward_method(self.model, "forward_heads")
+        shard(self.model, self.device_mesh)
         self.sharded = True
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -159,7 +153,8 @@ class Task(lightning.LightningModule):
         """batch: the examples of this rank."""
         step, trainer = self.steps_done, self.cfg.trainer
         optimizers: list[Any] = self.trainer.optimizers  # ours, which know `found_inf`
-        torch.manual_seed(hash_seed(self.cfg.seed, step, self.global_rank))  # dropout
+        rank, _ = data_parallel_rank(self.trainer)
+        torch.manual_seed(hash_seed(self.cfg.seed, step, rank))  # dropout
 
         micro_batches = split_batch(self.augment(batch, step), trainer.micro_batch_size)
         shares = self._shares(micro_batches)
@@ -169,7 +164,7 @@ class Task(lightning.LightningModule):
         first_row = 0
         for i, (part, share) in enumerate(zip(micro_batches, shares, strict=True)):
             rows = -(-batch_size(part) * max(self.rows.values(), default=1) // 4) * 4
-            self.sparse_training.at_tokens((self.global_rank * len(micro_batches) + i) * rows)
+            self.sparse_training.at_tokens((rank * len(micro_batches) + i) * rows)
             last = i == len(micro_batches) - 1
             with self._sync_gradients(last):
                 task, distillation = self.losses(part, step, first_row)
@@ -242,13 +237,6 @@ def new_head(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if not name.startswith("body.")]
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The members of its outermost lists of modules: the blocks of a transformer."""
-    if isinstance(model, nn.ModuleList):
-        return list(model)
-    return [block for child in model.children() for block in blocks_of(child)]
-
-
 def batch_size(batch: Batch) -> int:
     """How many examples there are."""
     return len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
@@ -276,5 +264,12 @@ def embedding_rows(cfg_rows: int | None, vocab_size: int) -> int:
 
 def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     """The gradients' global 2-norm (0-dim fp32), before they are scaled to at most `max_norm`."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm)
-    return whole(norm).float()
+    gradients: dict[Any, list[Tensor]] = {}  # by the mesh over which they are sharded: torch adds up those of one
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            gradients.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter.grad)
+    norms = [whole(nn.utils.get_total_norm(some)) for some in gradients.values()]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    for some in gradients.values():
+        nn.utils.clip_grads_with_norm_(some, math.inf if max_norm is None else max_norm, norm)
+    return norm.float()

@@ -13,13 +13,16 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from sparse_pretrain import runs
 from sparse_pretrain.checkpoint import store
 from sparse_pretrain.config import TeacherConfig
 from sparse_pretrain.errors import UserError
+from sparse_pretrain.sharding import data_parallel_rank, put, whole
 from sparse_pretrain.tasks.build import build_model
 from sparse_pretrain.tasks.distillation import Targets, divergences, furthest_behind, make_targets
+from sparse_pretrain.tasks.sharding import shard
 from sparse_pretrain.tasks.task import Task
 from sparse_pretrain.tasks.teacher_logits import TeacherLogits
 from sparse_pretrain.tasks.trained import load_trained
@@ -37,7 +40,8 @@ class Teacher:
         vocab_size: of the tokenizer; rows that pad an embedding are cut off. For images the number of classes.
         logits: where the models' outputs for training sequences are kept.
         numbers: step -> which sequences of the corpus this rank's batch holds, in order; needed with `logits`.
-        blank: makes a model like the student, dense, whose weights are to be replaced; needed for `self`.
+        blank: makes a model like the student, dense, and sharded where that is, whose weights are to be replaced;
+            needed for `self`.
     """
 
     def __init__(
@@ -62,7 +66,7 @@ class Teacher:
     def appear(self, student: nn.Module) -> None:
         """The student is about to make its first sparse step: if `self` teaches, keep a copy of its dense weights."""
         if SELF in self.cfg.models and self.copy is None:
-            self._set_copy(student, dict(student.named_parameters(remove_duplicate=False)))
+            self._set_copy(student, student.state_dict())
 
     def load_copy(self, student: nn.Module, weights: dict[str, Tensor] | None) -> None:
         """Restore the copy from a checkpoint (`weights`: its state dict; None = it had not appeared yet)."""
@@ -73,9 +77,9 @@ class Teacher:
         assert self._blank is not None
         with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, for nothing
             copy = self._blank()
-        copy.load_state_dict({name: weights[name] for name in copy.state_dict()})
-        device = next(student.parameters()).device
-        self.copy = copy.to(device).requires_grad_(False).eval()
+        self.copy = copy.to(next(student.parameters()).device).requires_grad_(False).eval()
+        for name, tensor in copy.state_dict().items():
+            put(tensor, whole(weights[name]))
 
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> Tensor:
@@ -141,6 +145,14 @@ class TeacherCallback(lightning.Callback):
         def load(path: str, option: str) -> nn.Module:
             return load_teacher(Path(found[path]["folder"]), pl_module.device, f"recipe.teacher.{option}")
 
+        def blank() -> nn.Module:
+            model = build_model(pl_module.cfg, pl_module.sizes)
+            if pl_module.device_mesh is not None:
+                shard(model, pl_module.device_mesh)
+                assert isinstance(model, FSDPModule)
+                model.set_reshard_after_forward(True)  # all of it: there is no backward pass to end its use
+            return model
+
         sampler = trainer.datamodule.sampler  # type: ignore[attr-defined]
         teacher = Teacher(
             cfg,
@@ -148,8 +160,8 @@ class TeacherCallback(lightning.Callback):
             load(cfg.reference, "reference") if cfg.reference is not None else None,
             pl_module.sizes.vocab_size or pl_module.sizes.num_classes,
             TeacherLogits(Path(cfg.logits)) if cfg.logits is not None else None,
-            lambda step: sampler.rank_indices(step, trainer.global_rank, trainer.world_size),
-            lambda: build_model(pl_module.cfg, pl_module.sizes),
+            lambda step: sampler.rank_indices(step, *data_parallel_rank(trainer)),
+            blank,
         )
         teacher.load_copy(pl_module.model, pl_module.teacher_copy)
         pl_module.teacher_copy = None

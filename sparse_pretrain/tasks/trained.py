@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from sparse_pretrain import runs
-from sparse_pretrain.checkpoint import store
+from sparse_pretrain.checkpoint import single_file, store
 from sparse_pretrain.config import RecipeConfig, TrainConfig
 from sparse_pretrain.config_data import DataConfig, ImagesConfig, PairsConfig, TextConfig
 from sparse_pretrain.config_models import HFConfig, ModelConfig, Seq2SeqConfig, ViTConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.models import huggingface
 from sparse_pretrain.objective import is_encoder_decoder
+from sparse_pretrain.schema import load
 from sparse_pretrain.sparsity.adapters import adapters_in, load_adapters
 from sparse_pretrain.sparsity.swap import densify
 from sparse_pretrain.tasks.build import build_model, build_task
@@ -49,16 +52,39 @@ def load_trained(path: str, device: torch.device, option: str = "checkpoint") ->
     folder = Path(path).expanduser()
     if huggingface.is_hugging_face(folder):
         return _load_hugging_face(folder, device, option)
-    checkpoint = store.resolve(folder, option)
-    run_dir = checkpoint.parent.parent
-    cfg = runs.read_config(run_dir)
-    state = store.load(checkpoint)
+    return _load_checkpoint(store.resolve(folder, option), device)
+
+
+def _load_checkpoint(checkpoint: Path, device: torch.device) -> Trained:
+    """Of one that has been verified."""
+    cfg = config_of(checkpoint)
+    state = store.read(checkpoint)
     task = build_task(cfg, Sizes(**state["sizes"]))
     task.load_state_dict(state["state_dict"])
     task.to(device).eval()
     task.sparse_training.load_state_dict(state["sparse_training"])
     task.sparse_training.prepare(state["steps_done"], refresh=False)
-    return Trained(checkpoint, state["steps_done"], cfg, task, run_dir / runs.TOKENIZER_FILE)
+    return Trained(checkpoint, state["steps_done"], cfg, task, tokenizer_of(checkpoint)[0])
+
+
+def config_of(checkpoint: Path) -> TrainConfig:
+    """The options of the run that a verified checkpoint is of.
+
+    Raises:
+        UserError: see `runs.read_config`.
+    """
+    if checkpoint.is_file():
+        return load(TrainConfig, json.loads(single_file.facts(checkpoint)["config"]))
+    return runs.read_config(checkpoint.parent.parent)
+
+
+def tokenizer_of(source: Path) -> tuple[Path, str | None]:
+    """The tokenizer of a verified checkpoint or a Hugging Face folder: where it is, and its SHA-256, if it has one."""
+    if source.is_file():
+        return Path("RUN_DIR") / runs.TOKENIZER_FILE, single_file.facts(source).get("tokenizer_sha256")
+    folder = source if huggingface.is_hugging_face(source) else source.parent.parent
+    path = folder / runs.TOKENIZER_FILE
+    return path, hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _load_hugging_face(folder: Path, device: torch.device, option: str) -> Trained:
@@ -98,15 +124,20 @@ def _data_of(model: ModelConfig, name: str) -> DataConfig:
     return TextConfig(name=name, source="text", seq_len=min(length, 1024))
 
 
-def load_weights(task: Task, path: str) -> None:
+def load_weights(task: Task, path: Path) -> None:
     """Give a run that starts the weights of another one's checkpoint, without optimizer and adapters: the master
     weights, of which its recipe makes masks anew; for a dense recipe those that the checkpoint computes with, 2:4 zeros
     and all. A model for another task takes the body and keeps its new head.
 
+    Args:
+        path: a checkpoint that has been verified, or a Hugging Face folder.
+
     Raises:
-        UserError: there is no whole checkpoint at `path`, or it has no weights for this model.
+        UserError: it has no weights for this model.
     """
-    source = load_trained(path, torch.device("cpu"), "init_from")
+    cpu = torch.device("cpu")
+    of_transformers = huggingface.is_hugging_face(path)
+    source = _load_hugging_face(path, cpu, "init_from") if of_transformers else _load_checkpoint(path, cpu)
     if isinstance(source.cfg.model, HFConfig) and not isinstance(task.cfg.model, HFConfig):
         raise UserError("init_from", f"{path}, of an architecture of transformers alone", "model=hf model.path=FOLDER")
     if task.cfg.recipe.projection == "none":
@@ -117,7 +148,7 @@ def load_weights(task: Task, path: str) -> None:
     load_matching(task, weights, path)
 
 
-def load_matching(task: Task, weights: Mapping[str, Tensor], path: str) -> None:
+def load_matching(task: Task, weights: Mapping[str, Tensor], path: Path) -> None:
     """Load what the model and `weights` (names as in a dense model) both have, of the same shapes.
 
     Raises:

@@ -23,7 +23,7 @@ def error_of(capsys, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["trian"], "command: found trian; allowed: train, finetune, decay-search, compare, sweep, sweep-report, plan, prune, evaluate, generate, export, inspect, sparsest, report, doctor, bench; did you mean train?"),
+        (["trian"], "command: found trian; allowed: train, finetune, decay-search, compare, sweep, sweep-report, plan, prune, evaluate, generate, export, consolidate, inspect, sparsest, report, doctor, bench; did you mean train?"),
         (["train", "model=gpt2_124"], "did you mean gpt2_124m?"),
         (["train", "recipe=fts"], "did you mean fst?"),
         (["train", "model.d_modell=64"], "model.d_modell: found no such option; allowed: model.d_model"),
@@ -134,6 +134,9 @@ def error_of(capsys, *arguments: str) -> str:
         (["export", "checkpoint=/nowhere.gguf", "out=y"], "checkpoint: found /nowhere.gguf"),
         (["export", "checkpoint=x", "out=/proc"], "out: found /proc, which exists; allowed: a new folder"),
         (["export", "checkpoint=x", "out=/proc/a/b"], "out: found /proc/a/b, which cannot be written"),
+        (["consolidate", "checkpoint=x"], "out: found nothing; allowed: a value"),
+        (["consolidate", "checkpoint=x", "out=y.pt"], "out: found y.pt; allowed: a new file, as NAME.safetensors"),
+        (["consolidate", "checkpoint=/nowhere", "out=y.safetensors"], "checkpoint: found /nowhere, which holds no whole checkpoint"),
         (["report", "runs_dir=/nowhere"], "/nowhere"),
         (["inspect"], "checkpoints: found none; allowed: run, checkpoint or Hugging Face folders"),
         (["inspect", "checkpoints=[/nowhere]"], "checkpoints: found /nowhere, which holds no whole checkpoint"),

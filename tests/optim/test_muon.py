@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
-from sparse_pretrain import runs, train
+from sparse_pretrain import runs, sharding, train
 from sparse_pretrain.checkpoint import store
 from sparse_pretrain.optim.adamw import MaskedDecay
 from sparse_pretrain.optim.muon import Muon
@@ -12,6 +15,7 @@ from sparse_pretrain.tasks.causal_lm import CausalLM
 from sparse_pretrain.tasks.task import Sizes
 
 LR, MOMENTUM, WEIGHT_DECAY, FACTOR = 1e-2, 0.9, 0.1, 0.3
+RANKS = 3
 
 
 def make(weight, decay=None):
@@ -112,3 +116,36 @@ def test_a_dropped_step_leaves_a_model_with_both_optimizers_as_it_was(tiny):
     for optimizer in optimizers:
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, task.model.parameters(), strict=True))
+
+
+def _rank(rank, folder):
+    """Steps of sharded weights, of which one is dropped, against those of whole ones."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    torch.manual_seed(0)
+    for shape in ((8, 24), (24, 8), (9, 16), (2, 8)):
+        one = nn.Parameter(torch.randn(shape))
+        many = nn.Parameter(distribute_tensor(one.detach().clone(), mesh, [Shard(0)]))
+        mask = torch.rand(shape) < 0.5
+        optimizers = [
+            make(one, MaskedDecay("weight", FACTOR, {one: mask})),
+            make(many, MaskedDecay("weight", FACTOR, {many: sharding.part(mask, many)})),
+        ]
+        for dropped in (0.0, 1.0, 0.0):
+            one.grad = torch.full(shape, torch.nan) if dropped else torch.randn(shape)
+            many.grad = distribute_tensor(one.grad.clone(), mesh, [Shard(0)])
+            with CommDebugMode() as sent:
+                for optimizer in optimizers:
+                    optimizer.found_inf = torch.tensor(dropped)
+                    optimizer.step()
+            assert sent.get_total_counts() == (0 if dropped else 1)
+        torch.testing.assert_close(many.detach().full_tensor(), one.detach(), rtol=0, atol=5e-7)
+        momentum = optimizers[1].state[many]["momentum_buffer"].full_tensor()
+        assert torch.equal(momentum, optimizers[0].state[one]["momentum_buffer"])
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_sharded_weights_are_orthogonalised_whole(tmp_path):
+    """One gather a matrix, also of rows that ranks cannot share evenly; the same but for the last rounding."""
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=RANKS)

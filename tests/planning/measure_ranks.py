@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.distributed import ProcessGroup
+from torch.distributed import distributed_c10d as c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_pretrain import worker
@@ -14,6 +16,7 @@ from sparse_pretrain.sparsity.linear import SparseLinear
 from sparse_pretrain.tasks import task
 
 STEP = 1  # the second one: the first finds no moments
+MOMENTS = "exp_avg", "momentum_buffer"  # AdamW, Muon
 
 
 class Sent(TorchDispatchMode):
@@ -26,22 +29,31 @@ class Sent(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func.name()
-        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         if name.startswith("c10d::_allgather_base_"):
-            self.add("all_gather", args[0].nbytes * (world - 1) / world)
+            self.add("all_gather", args[0].nbytes * share(args))
         elif name.startswith("_c10d_functional::all_gather_into_tensor"):
-            self.add("all_gather", result.nbytes * (world - 1) / world)
+            self.add("all_gather", result.nbytes * share(args))
         elif name.startswith("c10d::_reduce_scatter_base_"):
-            self.add("reduce_scatter", args[1].nbytes * (world - 1) / world)
+            self.add("reduce_scatter", args[1].nbytes * share(args))
         elif name.startswith(("c10d::allreduce_", "_c10d_functional::all_reduce")):
             tensors = args[0] if isinstance(args[0], list) else [args[0]]
-            self.add("all_reduce", 2 * sum(tensor.nbytes for tensor in tensors) * (world - 1) / world)
+            self.add("all_reduce", 2 * sum(tensor.nbytes for tensor in tensors) * share(args))
         elif name.startswith(("c10d::", "_c10d_functional::")) and not name.endswith(("wait_tensor", "barrier")):
             assert "broadcast" in name or "autograd" in name, name
         return result
 
     def add(self, kind, count):
         self.bytes[kind] += count
+
+
+def share(args):
+    """(n-1)/n of the n ranks of a collective's group, which is among its arguments: by name, or as an object."""
+    for arg in args:
+        if isinstance(arg, torch.ScriptObject) and arg._type().name() == "ProcessGroup":
+            return 1 - 1 / ProcessGroup.unbox(arg).size()
+        if isinstance(arg, str) and arg in c10d._world.pg_names.values():
+            return 1 - 1 / c10d._resolve_process_group(arg).size()
+    raise AssertionError(f"no group in {args}")
 
 
 def size(tensors):
@@ -61,10 +73,11 @@ def held(module, gradients):
     return {
         "master weights, fp32": size(module.model.parameters()),
         "gradients, fp32": gradients,
-        "optimizer moments, fp32": size(t for s in state for name, t in s.items() if name.startswith("exp_avg")),
+        "optimizer moments, fp32": size(t for s in state for name, t in s.items() if name.startswith(MOMENTS)),
         "masks": size(masks),
         "2:4 weights": size(sparse),
         "other buffers": sum(buffers.values()),
+        "the teacher self": size(() if module.teacher is None else module.teacher.copy.parameters()),
     }
 
 

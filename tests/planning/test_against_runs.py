@@ -18,8 +18,9 @@ from tests.planning import measure_ranks
 
 pytestmark = pytest.mark.slow
 
-# More weights than scalars, so that a few per cent mean something; d_ff and the vocabulary are no multiples of 4 ranks.
-SIZES = {"model__d_model": 48, "model__d_ff": 132, "model__n_layer": 3, "trainer__steps": 3, "trainer__eval_every": 3}
+# More weights than scalars, so that a few per cent mean something; parts of d_ff and of the vocabulary for 4 ranks are no
+# multiples of 4.
+SIZES = {"model__d_model": 48, "model__d_ff": 136, "model__n_layer": 3, "trainer__steps": 3, "trainer__eval_every": 3}
 SPARSE = {"recipe__schedule__dense_finetune": 0.0}
 RUNS = {
     "dense": ("dense", {}),
@@ -28,14 +29,29 @@ RUNS = {
     "s_ste": ("s_ste", {}),
     "slope": ("slope", {"recipe__adapter__start": 0.0}),
     "maskllm": ("maskllm", {"recipe__schedule__dense_warmup": 0.0, "recipe__train_weights": True}),
+    "again": ("fst", {**SPARSE, "model__activation_checkpointing": True, "model__dropout": 0.1}),
+    "muon_bf16": ("fst", {**SPARSE, "optimizer__name": "muon", "trainer__precision": "bf16"}),
+    "ast": (
+        "ast",
+        {
+            "recipe__schedule__dense_warmup": 0.3,
+            "recipe__adapter__kind": "slorb",
+            "recipe__adapter__init": "sum",
+            "recipe__adapter__group": 8,
+        },
+    ),
 }
+APART = {2: ["dense", "fst", "micro", "s_ste", "slope", "maskllm"], 4: ["fst", "micro"]}
+TOGETHER = {2: ["dense", "fst", "again", "muon_bf16", "slope", "maskllm", "ast"], 4: ["fst", "micro"]}
 KINDS = {"all-gather": "all_gather", "reduce-scatter": "reduce_scatter", "all-reduce": "all_reduce"}
 
 
 def planned(cfg, ranks, rank):
     values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
     plan = PlanConfig(**values)
-    layout = Layout(ranks, sharded=ranks > 1 and cfg.trainer.strategy == "fsdp", dtype=torch.float32)
+    dtype = torch.bfloat16 if cfg.trainer.precision == "bf16" else torch.float32
+    sharded = ranks > 1 and cfg.trainer.strategy == "fsdp"
+    layout = Layout(ranks, sharded, dtype, tensor_parallel=cfg.trainer.tensor_parallel)
     network = read_network(plan, Sizes(vocab_size=vocabulary(cfg)))
     held = {part.name: part.bytes for part in training_state(network, plan, layout, rank)}
     sent = dict.fromkeys(KINDS.values(), 0)
@@ -60,12 +76,13 @@ def compare(cfg, ranks):
 
 @pytest.fixture
 def prepare(tiny, monkeypatch):
-    """prepare(name, ranks, strategy) -> the config of a run whose folder is made, and nothing trained yet."""
+    """prepare(name, ranks, strategy, together) -> the config of a run whose folder is made, and nothing trained yet."""
 
-    def make(name, ranks=1, strategy="ddp"):
+    def make(name, ranks=1, strategy="ddp", together=1):
         recipe, changes = RUNS[name]
-        options = {**SIZES, "trainer__devices": ranks, "trainer__strategy": strategy, **changes}
-        cfg = tiny(recipe, f"{name}-{strategy}-{ranks}", **options)
+        spread = {"devices": ranks, "strategy": strategy, "tensor_parallel": together}
+        options = {**SIZES, **{f"trainer__{name}": value for name, value in spread.items()}, **changes}
+        cfg = tiny(recipe, f"{name}-{strategy}-{ranks}-{together}", **options)
         with monkeypatch.context() as patch:
             patch.setattr(launch, "launch", lambda cfg, run_dir: None)
             train.run(cfg)
@@ -76,8 +93,8 @@ def prepare(tiny, monkeypatch):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_what_ranks_hold_and_send(prepare, ranks):
-    names = list(RUNS) if ranks == 2 else ["fst", "micro"]
-    runs = [prepare(name, ranks, strategy) for name in names for strategy in ("fsdp", "ddp")]
+    runs = [prepare(name, ranks, strategy) for name in APART[ranks] for strategy in ("fsdp", "ddp")]
+    runs += [prepare(name, ranks, "fsdp", together=2) for name in TOGETHER[ranks]]
     program = Path(measure_ranks.__file__)
     assert launch.run_ranks([sys.executable, str(program), *(cfg.run_dir for cfg in runs)], ranks, 300) == 0
     for cfg in runs:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from sparse24.packing import pack
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sparse_pretrain import cli, schema
 from sparse_pretrain import plan as command
@@ -19,12 +21,14 @@ from sparse_pretrain.models.gpt import GPT
 from sparse_pretrain.paths import config_dir
 from sparse_pretrain.planning import duration
 from sparse_pretrain.planning.activations import count_activations
-from sparse_pretrain.planning.communication import BACKWARD, BETWEEN, PASSES, Traffic
+from sparse_pretrain.planning.communication import BACKWARD, BETWEEN, PASSES, WAITING, Traffic, traffic
 from sparse_pretrain.planning.devices import DEVICES
 from sparse_pretrain.planning.memory import Layout, training_state
 from sparse_pretrain.planning.network import read_network, sizes_of
 from sparse_pretrain.planning.plan import make_plan
+from sparse_pretrain.sharding import DATA_PARALLEL, TENSOR_PARALLEL, local
 from sparse_pretrain.sparsity import SparseLinear, SparseTraining, sparsify
+from sparse_pretrain.tasks.sharding import shard
 from sparse_pretrain.tasks.task import Sizes
 
 SMALL = ["model.d_model=64", "model.n_layer=2", "trainer.batch_size=64", "trainer.steps=1000"]
@@ -67,6 +71,11 @@ def test_llama_7b():
     assert shared == pytest.approx(16 * 6_738_415_616 / 64, rel=1e-3)
     ffn = 32 * 3 * 4096 * 11008
     assert (held["masks"], held["2:4 weights"]) == (ffn, 2 * ffn)
+    together = Layout(64, sharded=True, dtype=torch.bfloat16, tensor_parallel=8)
+    parts = {p.name: p for p in training_state(network, cfg, together)}
+    assert sum(parts[name].bytes for name in parts if name.endswith("fp32")) == shared
+    assert (parts["masks"].bytes, parts["2:4 weights"].bytes) == (ffn, 2 * ffn / 8)
+    assert parts["2:4 weights"].note == "dense, bfloat16, of FFNs 1/8"
 
 
 def test_more_devices_hold_less_and_ddp_holds_all():
@@ -94,16 +103,40 @@ def test_packed_weights_are_as_large_as_packed_tensors():
     assert next(part.bytes for part in held if part.name == "2:4 weights") == expected
 
 
+@pytest.fixture
+def two_ranks():
+    """This process as the first of two, which send nothing: a mesh in which they compute FFNs together."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield init_device_mesh("cpu", (1, 2), mesh_dim_names=(DATA_PARALLEL, TENSOR_PARALLEL))
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("recipe", ["dense", "fst"])
 def test_activations_are_what_a_real_forward_pass_keeps(recipe):
-    cfg = composed(f"recipe={recipe}", "model.vocab_size=512", "data.seq_len=32", "recipe.schedule.dense_finetune=0")
+    compare_activations(recipe)
+
+
+@pytest.mark.parametrize("recipe", ["dense", "fst"])
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_activations_of_ffns_that_two_ranks_compute_together(recipe, two_ranks):
+    compare_activations(recipe, two_ranks, "trainer.tensor_parallel=2", "model.activation=swiglu")
+
+
+def compare_activations(recipe, mesh=None, *options):
+    few = ("model.vocab_size=512", "data.seq_len=32", "recipe.schedule.dense_finetune=0")
+    cfg = composed(f"recipe={recipe}", *few, *options)
     model = GPT(cfg.model, 512).train()
     sparsify(model, cfg.recipe)
     layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
     for layer in layers:
         layer.product_dtype = torch.bfloat16
-    SparseTraining(model, cfg.recipe, total_steps=10, seed=1).prepare(0)
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    training = SparseTraining(model, cfg.recipe, total_steps=10, seed=1)
+    if mesh is not None:
+        for layer in layers:
+            layer.release()
+        shard(model, mesh)
+    training.prepare(0)
+    known = {local(t.detach()).untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept, alive = {}, []
 
     def keep(tensor):
@@ -116,7 +149,7 @@ def test_activations_are_what_a_real_forward_pass_keeps(recipe):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
         model(torch.zeros(3, 32, dtype=torch.int64))
     counted = count_activations(cfg, Sizes(512), torch.bfloat16)
-    sparse = 2 * sum(layer.weight.numel() for layer in layers)
+    sparse = 2 * sum(math.prod(layer.part_shape) for layer in layers)
     assert counted.plain.of(3) - sparse == pytest.approx(sum(kept.values()), rel=0.01)
 
 
@@ -142,12 +175,51 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
 
 def test_what_communication_hides_behind():
     sent = [Traffic("a", 6, BACKWARD), Traffic("b", 2, PASSES), Traffic("c", 1, BETWEEN)]
-    step = duration.step_time(compute=9.0, micro_batches=1, sent=sent, bytes_per_second=1.0)
+    speeds = {"bytes_per_second": 1.0, "within_node": 4.0}
+    step = duration.step_time(compute=9.0, micro_batches=1, sent=sent, **speeds)
     assert (step.exposed, step.unhidden) == (1.0, 9.0)
-    step = duration.step_time(compute=9.0, micro_batches=3, sent=sent, bytes_per_second=1.0)
+    step = duration.step_time(compute=9.0, micro_batches=3, sent=sent, **speeds)
     assert step.exposed == 6 - 2 + 1  # the last micro-batch's backward pass takes 2
-    step = duration.step_time(compute=3.0, micro_batches=1, sent=sent, bytes_per_second=1.0)
+    step = duration.step_time(compute=3.0, micro_batches=1, sent=sent, **speeds)
     assert step.exposed == 8 - 3 + 1
+    waited_for = Traffic("d", 8, WAITING, within_node=True)
+    assert duration.step_time(compute=9.0, micro_batches=1, sent=[*sent, waited_for], **speeds).exposed == 1 + 8 / 4
+
+
+FFN = ("model.d_ff=512", "trainer.devices=8")
+
+
+def test_devices_that_compute_ffns_together_do_the_work_of_narrower_ones():
+    """4 of 8 devices: as 2 devices with a quarter of the width."""
+    together = make_plan(composed(*FFN, "recipe=ste", "trainer.tensor_parallel=4"))
+    narrow = make_plan(composed("model.d_ff=128", "trainer.devices=2", "recipe=ste"))
+    assert together.recipe.work == narrow.recipe.work
+    assert together.micro_batch == narrow.micro_batch == 32
+    for name in ("activations", "copies of dense weights", "loss"):
+        assert parts(together.dense)[name] == parts(narrow.dense)[name]
+    cut = read_network(composed(*FFN, "recipe=slope", "recipe.adapter.rank=8"), Sizes(512)).cut_flop
+    assert cut == 2 * 128 * 2 * 2 * (512 * 64 + 512 * 8)  # of LoRA the matrix with the hidden features
+
+
+def test_what_devices_that_compute_ffns_together_send():
+    """32 sequences of 128 tokens with 64 features, in 2 layers; outputs in bf16, gradients of inputs in fp32."""
+    options = (*FFN, "trainer.tensor_parallel=4", "network_gbs=1", "trainer.nodes=2", "trainer.devices=4")
+    plain, dropout, kept = (
+        next(one for one in make_plan(composed(*options, *more)).dense.traffic if one.when == WAITING)
+        for more in ((), ("model.activation_checkpointing=true", "model.dropout=0.1"), ("model.dropout=0.1",))
+    )
+    numbers = 32 * 128 * 64 * 2 * 2 * 3 / 4
+    assert (plain.bytes, dropout.bytes, kept.bytes) == (6 * numbers, 8 * numbers, 6 * numbers)
+    plan = make_plan(composed(*options))
+    assert plan.seconds_of(plain) == pytest.approx(plain.bytes / 450e9)  # NVLink, not the network
+
+
+def test_ddp_does_not_send_gradients_that_are_thrown_away():
+    cfg = composed("recipe=slope", "trainer.devices=2", "trainer.strategy=ddp")
+    network = read_network(cfg, Sizes(512))
+    (sent,) = traffic(network, cfg, Layout(2, sharded=False, dtype=torch.bfloat16))
+    pruned = sum(layer.numel for layer in network.sparse) / 2
+    assert sent.bytes == 4 * (network.count.parameters - pruned)
 
 
 def test_the_speed_up_that_is_needed_is_enough():
@@ -192,6 +264,10 @@ def test_measured_products_save_what_was_measured(rates):
     assert not plan.needed
     slower = make_plan(composed(*OPTIONS, f"rates={rates(sparse=1.5)}"))
     assert slower.saving.seconds == pytest.approx(-12 * 2 * 3 * 0.1 / 1e3)  # dense is the fastest arm; it is packed
+    together = make_plan(composed(*OPTIONS, f"rates={rates()}", "trainer.tensor_parallel=2"))
+    assert together.saving.seconds == pytest.approx(12 * 2 * 3 * (0.2 - 0.05) / 1e3)  # twice the tokens, half a weight
+    shapes = {pair.split(",")[0] for pair in together.saving.pairs}
+    assert {"forward of 1536x768", "forward of 768x1536"} < shapes
 
 
 @pytest.mark.parametrize(
@@ -240,10 +316,15 @@ def test_what_is_assumed_of_the_data():
 def test_the_command(tmp_path, capsys):
     out = tmp_path / "new" / "plan.json"
     options = [*SMALL, "trainer.nodes=2", "trainer.devices=4", "recipe=ste", "price_per_hour=1.5", f"out={out}"]
+    options += ["trainer.tensor_parallel=2"]
     cli.main(["plan", *options])
     text = " ".join(capsys.readouterr().out.split())  # lines are wrapped
     for line in (
         "2:4 weights",
+        "64 examples of 128 tokens a step, 16 for 2 devices, in 1 x 16",
+        "outputs and input gradients of FFNs, all-reduce",
+        "at 50 GB/s (450 for all-reduces of FFNs)",
+        "2 devices of a node compute each FFN together",
         "weights of sparse layers, all-gather",
         "cost, at 1.5 a device and hour",
         "Assumptions",
