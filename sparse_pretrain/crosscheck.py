@@ -331,6 +331,8 @@ def _check_tensor_parallel(trainer: TrainerConfig, model: ModelConfig, recipe: R
         raise UserError(option, f"{ranks} with model.family={model.family}", "1: its FFNs are not ours to cut")
     pattern = parse_pattern(recipe.pattern)
     group = 1 if recipe.projection == "none" or pattern is None else pattern[1]
+    if model.activation_sparsity != "none":
+        group = math.lcm(group, 4)
     if recipe.adapter.kind == "slorb" and not recipe.adapter.train_groups:
         group = math.lcm(group, recipe.adapter.group)
     for name, found, multiple in (

@@ -28,7 +28,7 @@ SILENCE_SECONDS = 120  # without a sign of life of rank 0, while it prepares a r
 ANSWER_SECONDS = 10  # for ranks that are there to say so, once one is missed
 LEAVE_SECONDS = 60  # for a rank that is there to hear how a launch ended: it may still be importing
 WAIT_SECONDS = 10  # until it is told which ranks are waited for
-NAME_SECONDS = 15  # for the name of rank 0's machine to be known: it may be as new as the machine
+NAME_SECONDS = 10  # for the name of rank 0's machine to be known: it may be as new as the machine
 BEAT_SECONDS = 2
 CONTINUES = "the same command continues from the last checkpoint"
 

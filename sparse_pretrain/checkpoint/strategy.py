@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -53,16 +53,21 @@ class ShardedStrategy(ModelParallelStrategy):
         return torch.empty(size, dtype=dtype)
 
     def _weight(self, name: str) -> Tensor | None:
-        assert self.lightning_module is not None
         kind, _, rest = name.partition(".")
         if kind == "state_dict":
-            return dict(self.lightning_module.named_parameters(remove_duplicate=False)).get(rest)
+            return self._parameters().get(rest)
+        if kind == "teacher_copy":  # sharded as the student, whose names it has
+            return self._parameters().get(f"model.{rest}")
         if kind == "optimizer_states":  # optimizer_states.0.state.5.exp_avg
             optimizer, what, index, _ = rest.split(".")
             if what == "state":
                 groups = self.optimizers[int(optimizer)].param_groups
                 return [weight for group in groups for weight in group["params"]][int(index)]
         return None
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        assert self.lightning_module is not None
+        return dict(self.lightning_module.named_parameters(remove_duplicate=False))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None

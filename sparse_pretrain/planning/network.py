@@ -15,10 +15,10 @@ from sparse_pretrain.limits import parse_pattern
 from sparse_pretrain.models.blocks import FeedForward
 from sparse_pretrain.models.count import BACKWARD, ModelCount, count_model
 from sparse_pretrain.optim.build import hidden_weights
-from sparse_pretrain.sparsity.adapters import adapters_of, attach, make_adapter, with_options_of_file
+from sparse_pretrain.sparsity.adapters import attach, make_adapter, with_options_of_file
 from sparse_pretrain.sparsity.swap import select_layers
 from sparse_pretrain.tasks.build import build_model, task_class
-from sparse_pretrain.tasks.sharding import blocks_of
+from sparse_pretrain.tasks.sharding import CUT, blocks_of, placements
 from sparse_pretrain.tasks.task import Sizes
 
 VOCABULARY, IMAGE_CLASSES, TEXT_CLASSES = 32_768, 1000, 3  # assumed where only the data would tell
@@ -150,8 +150,8 @@ def read_network(cfg: TrainConfig, sizes: Sizes) -> Network:
                 pattern = parse_pattern(recipe.pattern)
                 assert pattern is not None
                 size = (row.out_features, row.in_features // pattern[1], comb(pattern[1], pattern[0]))
-                layer.mask_logits = nn.Parameter(torch.empty(size))
-                logits.add(layer.mask_logits)
+                layer.learned = nn.ParameterDict({"logits": torch.empty(size)})
+                logits.add(layer.learned["logits"])
     count = count_model(model, dense, task_class(cfg).example(cfg), cfg.data.tokens_per_example, logits)
     muon = hidden_weights(model) if cfg.optimizer.name == "muon" else set()
     frozen = _frozen(cfg)
@@ -161,12 +161,14 @@ def read_network(cfg: TrainConfig, sizes: Sizes) -> Network:
     for name, ffn in model.named_modules():
         if isinstance(ffn, FeedForward):
             ffn_outputs += count.rows[f"{name}.down"] * ffn.down.out_features
-            for part, dimension in (("up", 0), ("gate", 0), ("down", 1)):
-                if isinstance(linear := getattr(ffn, part), nn.Linear):
-                    found = _cuts(linear, dimension)
-                    cuts |= found
-                    products = sum(p.numel() for p, cut in found.items() if cut is not None and p.dim() == 2)
-                    cut_flop += 2 * count.rows[f"{name}.{part}"] * products
+            for part, linear in ffn.named_children():
+                found = {
+                    linear.get_parameter(own_name): getattr(placement, "dim", None)
+                    for own_name, placement in placements(linear, CUT[part]).items()
+                }
+                cuts |= found
+                products = sum(p.numel() for p, cut in found.items() if cut is not None and p.dim() == 2)
+                cut_flop += 2 * count.rows[f"{name}.{part}"] * products
 
     def describe(name: str, parameter: nn.Parameter) -> Parameter:
         return Parameter(
@@ -208,16 +210,6 @@ def read_network(cfg: TrainConfig, sizes: Sizes) -> Network:
         cut_flop=cut_flop,
         count=count,
     )
-
-
-def _cuts(layer: nn.Linear, dimension: int) -> dict[nn.Parameter, int | None]:
-    """The parameters of a layer of which each of several devices computes a part, cut along this dimension of its
-    weight: the dimension along which each is cut, if it is."""
-    cuts: dict[str, int | None] = {"weight": dimension, "mask_logits": dimension, "bias": 0}
-    for adapter in adapters_of(layer).values():
-        for name, placement in adapter.placements(dimension).items():
-            cuts[f"adapter.{name}"] = getattr(placement, "dim", None)
-    return {parameter: cuts[name] for name, parameter in layer.named_parameters()}
 
 
 def _frozen(cfg: TrainConfig) -> bool:

@@ -17,6 +17,8 @@ from sparse_pretrain.sharding import DATA_PARALLEL, TENSOR_PARALLEL, Split, own
 from sparse_pretrain.sparsity.adapters import adapters_of
 from sparse_pretrain.sparsity.linear import SparseLinear
 
+CUT = {"up": 0, "gate": 0, "down": 1}  # layer of an FFN -> dimension of its weight along which it is cut
+
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """By FSDP2: every block, then what is left, over all ranks. If there is more than one rank in the mesh's dimension
@@ -46,9 +48,8 @@ def shard_ffn(ffn: FeedForward, mesh: DeviceMesh) -> None:
     `gate` by rows, `down` by columns. Between them nothing is sent: outputs are summed after `down`, the gradients of
     inputs before `up`."""
     together = mesh[TENSOR_PARALLEL]
-    for layer, dimension in ((ffn.up, 0), (ffn.gate, 0), (ffn.down, 1)):
-        if layer is not None:
-            _split_layer(layer, Split(dimension, together))
+    for name, layer in ffn.named_children():
+        _split_layer(layer, Split(CUT[name], together))
 
     def share_input(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         shared = DTensor.from_local(args[0], together, [Replicate()], run_check=False)
@@ -63,21 +64,26 @@ def shard_ffn(ffn: FeedForward, mesh: DeviceMesh) -> None:
     fully_shard(ffn, mesh=mesh[DATA_PARALLEL])
 
 
-def _split_layer(layer: nn.Linear | SparseLinear, split: Split) -> None:
-    placements: dict[str, Placement] = {"weight": Shard(split.dimension), "bias": Shard(0)}
-    for name, adapter in adapters_of(layer).items():
-        assert not name
-        placements |= {f"adapter.{name}": place for name, place in adapter.placements(split.dimension).items()}
+def placements(layer: nn.Module, dimension: int) -> dict[str, Placement]:
+    """How each parameter of a linear layer, with its adapter and the logits of its mask, is spread over ranks that
+    compute it together, its weight cut along `dimension`."""
+    found: dict[str, Placement] = {"weight": Shard(dimension), "learned.logits": Shard(dimension), "bias": Shard(0)}
+    for adapter in adapters_of(layer).values():
+        found |= {f"adapter.{name}": placement for name, placement in adapter.placements(dimension).items()}
+    return {name: found[name] for name, _ in layer.named_parameters()}
+
+
+def _split_layer(layer: nn.Module, split: Split) -> None:
     if isinstance(layer, SparseLinear):
         layer.split = split
         layer.go_dense()
-        if layer.learned is not None:
-            placements["learned.logits"] = Shard(split.dimension)
     else:
+        assert isinstance(layer, nn.Linear)
         layer.forward = functools.partial(_forward, layer, split)  # type: ignore[method-assign]
-    for name, parameter in list(layer.named_parameters()):
+    for name, placement in placements(layer, split.dimension).items():
         parent, _, own_name = name.rpartition(".")
-        layer.get_submodule(parent).register_parameter(own_name, split.place(parameter, placements[name]))
+        module = layer.get_submodule(parent)
+        module.register_parameter(own_name, split.place(module.get_parameter(own_name), placement))
 
 
 def _forward(layer: nn.Linear, split: Split, x: Tensor) -> Tensor:

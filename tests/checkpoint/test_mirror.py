@@ -51,7 +51,31 @@ def test_the_newest_are_kept_and_damaged_copies_passed_over(tmp_path, url, capsy
     assert fetched is not None
     assert store.load(fetched)["steps_done"] == 2
     assert "step-00000003 is damaged" in capsys.readouterr().err
-    assert (tmp_path / "again" / runs.METRICS_FILE).read_text() == "step\n3\n"
+
+
+def test_damaged_checkpoints_are_fetched_whole(tiny, tmp_path, url, capsys):
+    train.run(tiny("fst", "whole", **phases()))
+    options = phases(trainer__checkpoint_mirror=url)
+    run_dir = train.run(tiny("fst", "damaged", trainer__stop_after=8, **options))
+    for step in (4, 8):
+        (store.checkpoint_folder(run_dir / runs.CHECKPOINTS, step) / "__0_0.distcp").write_bytes(b"short")
+    train.run(tiny("fst", "damaged", **options))
+    assert "step-00000008 fetched from" in capsys.readouterr().out
+    assert metrics(run_dir) == metrics(tmp_path / "whole")
+    assert_equal(final_state(run_dir), final_state(tmp_path / "whole"))
+
+
+def test_what_a_killed_copy_left_is_deleted_and_strange_names_are_let_be(tmp_path, url):
+    there = Mirror(url, "run")
+    for step in (1, 2, 3):
+        save(tmp_path / "run", step)
+        there.upload(store.checkpoint_folder(tmp_path / "run" / runs.CHECKPOINTS, step), kept=2)
+        if step == 1:
+            there.fs.rm(f"{there.root}/checkpoints/step-00000001/manifest.json")
+            there.fs.makedirs(f"{there.root}/checkpoints/step-by-step")
+            there.fs.pipe(f"{there.root}/checkpoints/step-by-step/note", b"")
+    names = {path.rpartition("/")[2] for path in there.fs.ls(f"{there.root}/checkpoints", detail=False)}
+    assert names == {"step-00000002", "step-00000003", "step-by-step"}
 
 
 def test_a_copy_without_manifest_is_none(tmp_path, url):

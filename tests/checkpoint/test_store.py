@@ -3,13 +3,17 @@
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from sparse_pretrain import launch
 from sparse_pretrain.checkpoint import files, store
 from sparse_pretrain.checkpoint.saver import Saver
 from sparse_pretrain.errors import UserError
@@ -113,6 +117,29 @@ def test_full_disk_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch):
     assert store.damage(store.checkpoint_folder(tmp_path, 1)) is None
 
 
+def test_a_disk_that_is_full_at_any_byte_is_one_sentence(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1)
+    write = files._HashingStream.write
+    size = (store.checkpoint_folder(tmp_path, 1) / DATA).stat().st_size
+    for room in range(0, size, 97):
+
+        def full(self, data, room=room):
+            if self.bytes + len(data) > room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(self, data)
+
+        monkeypatch.setattr(files._HashingStream, "write", full)
+        with pytest.raises(UserError, match="no space left"):
+            save_steps(tmp_path, 2)
+        assert os.listdir(tmp_path) == ["step-00000001"]
+
+
+def test_a_disk_that_is_full_on_one_rank(tmp_path):
+    """Each of two ranks at a time, in the foreground and beside: both say so, and then there is room again."""
+    program = Path(__file__).with_name("full_disk.py")
+    assert launch.run_ranks([sys.executable, str(program), str(tmp_path)], 2) == 0
+
+
 def _save_for_ever(folder):
     step = 0
     while True:
@@ -158,6 +185,25 @@ def test_damaged_ones_are_set_aside_and_do_not_outlive_new_ones(tmp_path):
     store.prune(tmp_path, kept=1)
     assert store.list_steps(tmp_path) == [15]
     assert {path.name for path in tmp_path.glob("damaged-*")} == {"damaged-step-00000020", "damaged-step-00000030"}
+
+
+@pytest.mark.parametrize("there", ["file", "link", "folder"])
+def test_anything_may_be_in_the_place_of_a_checkpoint(tmp_path, there):
+    """And has been before."""
+    for _ in range(2):
+        save_steps(tmp_path, 10, 20)
+        shutil.rmtree(store.checkpoint_folder(tmp_path, 20))
+        for path in (store.checkpoint_folder(tmp_path, 20), store.checkpoint_folder(tmp_path, 5)):
+            {
+                "file": lambda: path.write_text("?"),  # noqa: B023
+                "link": lambda: path.symlink_to("/nowhere/at/all"),  # noqa: B023
+                "folder": lambda: path.mkdir(),  # noqa: B023
+            }[there]()
+        assert len(store.set_aside_damaged(tmp_path)) == 1
+        assert store.list_steps(tmp_path) == [5, 10]
+        store.prune(tmp_path, kept=1)
+        assert store.list_steps(tmp_path) == [10]
+        there = {"file": "folder", "link": "folder", "folder": "link"}[there]
 
 
 def test_what_is_saved_in_the_background_is_the_state_at_that_time(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Which rank a process is, by its launcher's variables; what is wrong with them is one sentence."""
 
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from sparse_pretrain import cluster
+from sparse_pretrain import cluster, launch, meeting
 from sparse_pretrain.config import TrainerConfig
 from sparse_pretrain.errors import UserError
 
@@ -101,6 +102,12 @@ def test_options_for_another_number_of_ranks(environment, options, expected):
     assert str(error.value).startswith(expected)
 
 
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
 def start_ranks(count, *arguments, **changes):
     """As a launcher that is neither torchrun nor srun."""
     common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", **changes}
@@ -131,15 +138,48 @@ def ends(processes, timeout=100):
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told_once_and_ends_every_rank(arguments, expected):
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
+    port = free_port()
     start = time.monotonic()
     codes, told = ends(start_ranks(2, *arguments, MASTER_PORT=str(port)))
     assert codes == [2, 2], told
     assert told.count("\n") == 1
     assert told.startswith(expected)
     assert time.monotonic() - start < 90
+
+
+def join(variables):
+    os.environ.update(variables)
+    launch.together(cluster.find(), lambda: launch._meeting.announce({}))
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ([{"RANK": "0"}, {"RANK": "1"}, {"RANK": "1"}], "RANK: found 1, which another process has too; allowed: another number for each process"),
+        ([{"RANK": "0"}, {"RANK": "0"}, {"RANK": "1"}], "RANK: found 0, which another process has too; allowed: another number for each process"),
+        ([{"RANK": "0"}, {"RANK": "1"}, {"RANK": "2", "WORLD_SIZE": "4"}], "WORLD_SIZE: found 4; allowed: 3, as on rank 0"),
+    ],
+)  # fmt: skip
+def test_ranks_that_are_not_of_one_launch_are_told_once(capfd, variables, expected):
+    common = {"WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=join, args=({**common, **own},)) for own in variables]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(timeout=60)
+    assert [rank.exitcode for rank in ranks] == [2, 2, 2]
+    assert capfd.readouterr().err == f"error: {expected}\n"
+
+
+def test_addresses_that_are_not_rank_0s(monkeypatch):
+    monkeypatch.setattr(meeting, "NAME_SECONDS", 0)
+    with pytest.raises(UserError, match="MASTER_ADDR: found no-such-node.invalid, which is no machine's name"):
+        meeting._check_name("no-such-node.invalid")
+    rank = cluster.find({**TORCHRUN, "RANK": "0", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": str(free_port())})
+    monkeypatch.setattr(meeting, "ANSWER_SECONDS", 0.2)
+    with pytest.raises(UserError, match="MASTER_ADDR: found 192.0.2.1, which does not lead to rank 0's machine"):
+        meeting._check_server(rank)
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from sparse_pretrain.optim.adamw import MaskedDecay
 from sparse_pretrain.optim.muon import Muon
 from sparse_pretrain.tasks.causal_lm import CausalLM
 from sparse_pretrain.tasks.task import Sizes
+from tests.ranks import run_ranks
 
 LR, MOMENTUM, WEIGHT_DECAY, FACTOR = 1e-2, 0.9, 0.1, 0.3
-RANKS = 3
 
 
 def make(weight, decay=None):
@@ -118,10 +118,10 @@ def test_a_dropped_step_leaves_a_model_with_both_optimizers_as_it_was(tiny):
     assert all(torch.equal(a, b) for a, b in zip(before, task.model.parameters(), strict=True))
 
 
-def _rank(rank, folder):
+def _compare_sharded():
     """Steps of sharded weights, of which one is dropped, against those of whole ones."""
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    mesh = init_device_mesh("cpu", (RANKS,))
+    distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     torch.manual_seed(0)
     for shape in ((8, 24), (24, 8), (9, 16), (2, 8)):
         one = nn.Parameter(torch.randn(shape))
@@ -142,10 +142,9 @@ def _rank(rank, folder):
         torch.testing.assert_close(many.detach().full_tensor(), one.detach(), rtol=0, atol=5e-7)
         momentum = optimizers[1].state[many]["momentum_buffer"].full_tensor()
         assert torch.equal(momentum, optimizers[0].state[one]["momentum_buffer"])
-    distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_sharded_weights_are_orthogonalised_whole(tmp_path):
+def test_sharded_weights_are_orthogonalised_whole():
     """One gather a matrix, also of rows that ranks cannot share evenly; the same but for the last rounding."""
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=RANKS)
+    run_ranks(3, _compare_sharded)

@@ -1,14 +1,18 @@
 """Gradients of pruned weights that are not sent: the run is the same, and sends less."""
 
 import json
-import sys
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 
-from sparse_pretrain import launch, train
+from sparse_pretrain import launch, train, worker
 from sparse_pretrain.sparsity.schedule import SPARSE
+from sparse_pretrain.tasks.task import Task
+from tests.planning.measure_ranks import Sent
+from tests.ranks import run_ranks
 from tests.tasks.test_recipe_runs import METRIC, SLOPE
 from tests.tasks.test_training import assert_same_run, final_state, metrics, phases
 
@@ -25,6 +29,26 @@ RUNS = {
 }
 
 
+def train_measured(folders: list[Path]) -> None:
+    """A rank's runs; what each of their steps sent goes to sent.json. Those whose name ends with `plain` are
+    without the hook."""
+    step, masked = Task.training_step, worker.MaskedDDPStrategy
+    for folder in folders:
+        sent = []
+
+        def measured_step(module, batch, index, sent=sent):
+            with Sent() as one:
+                step(module, batch, index)
+            sent.append(one.bytes["all_reduce"])
+
+        Task.training_step = measured_step
+        plain = folder.name.endswith("plain")
+        worker.MaskedDDPStrategy = (lambda training, **options: DDPStrategy(**options)) if plain else masked
+        worker.run(folder)
+        if os.environ["RANK"] == "0":
+            (folder / "sent.json").write_text(json.dumps(sent))
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_run_is_the_same_and_sends_less(tiny, tmp_path, monkeypatch, ranks):
     """Bit for bit with two ranks. With four, sums are in the order in which a ring meets an element, which depends on
@@ -34,9 +58,7 @@ def test_the_run_is_the_same_and_sends_less(tiny, tmp_path, monkeypatch, ranks):
         for name, (recipe, changes, _) in RUNS.items():
             for way in ("masked", "plain"):
                 train.run(tiny(recipe, f"{name}-{way}", **{**changes, "trainer__devices": ranks}))
-    folders = [str(tmp_path / f"{name}-{way}") for name in RUNS for way in ("masked", "plain")]
-    program = Path(__file__).with_name("masked_ddp_ranks.py")
-    assert launch.run_ranks([sys.executable, str(program), *folders], ranks, 300) == 0
+    run_ranks(ranks, train_measured, [tmp_path / f"{name}-{way}" for name in RUNS for way in ("masked", "plain")])
 
     for name, (_, _, pruned) in RUNS.items():
         masked, plain = tmp_path / f"{name}-masked", tmp_path / f"{name}-plain"

@@ -48,13 +48,17 @@ def assert_trains_alike(one: Path, many: Path, rel: float = 1e-4) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_recipe_trains_as_on_one_device(tiny, tmp_path, train_together, ranks):
-    options = {"trainer__devices": ranks, "trainer__strategy": "fsdp", "trainer__micro_batch_size": 2}
-    train_together(
-        [tiny(recipe, f"{name}-fsdp", **{**changes, **options}) for name, (recipe, changes) in RECIPES.items()], ranks
-    )
+    """With DDP too."""
+    configs = []
+    for name, (recipe, changes) in RECIPES.items():
+        for strategy in ("fsdp", "ddp"):
+            options = {"trainer__devices": ranks, "trainer__strategy": strategy, "trainer__micro_batch_size": 2}
+            configs.append(tiny(recipe, f"{name}-{strategy}", **{**changes, **options}))
+    train_together(configs, ranks)
     for name, (recipe, changes) in RECIPES.items():
         train.run(tiny(recipe, name, **{**changes, "trainer__micro_batch_size": 2}))
-        assert_trains_alike(tmp_path / name, tmp_path / f"{name}-fsdp")
+        for strategy in ("fsdp", "ddp"):
+            assert_trains_alike(tmp_path / name, tmp_path / f"{name}-{strategy}")
 
 
 def test_a_run_goes_on_with_other_numbers_of_ranks(tiny, tmp_path, train_together):
@@ -92,6 +96,8 @@ def test_blocks_may_be_compiled_or_recompute_activations(tiny, tmp_path, train_t
         "plain": {},
         "recomputed": {"model__activation_checkpointing": True},
         "compiled": {"trainer__compile": True},
+        "recomputed_together": {"model__activation_checkpointing": True, "trainer__tensor_parallel": 2},
+        "compiled_together": {"trainer__compile": True, "trainer__tensor_parallel": 2},
     }
     train_together([tiny("fst", name, **options, **changes) for name, changes in ways.items()], 2)
     for name in ways:

@@ -26,8 +26,6 @@ WAYS = {
         "ast",
         {**AST, "recipe__teacher__models": [], "recipe__adapter__train_groups": False, "recipe__adapter__group": 4},
     ),
-    "recomputed": ("fst", phases(model__activation_checkpointing=True)),
-    "compiled": ("fst", phases(trainer__compile=True)),
 }
 
 
@@ -114,6 +112,10 @@ def test_every_objective_is_learned_as_on_one_device(tmp_path, train_together):
         ({"trainer__strategy": "ddp"}, "trainer.tensor_parallel: found 2 with trainer.strategy=ddp"),
         ({"trainer__devices": 3}, "trainer.tensor_parallel: found 2; allowed: a divisor of trainer.devices=3"),
         ({"model__d_ff": 36}, "model.d_ff: found 36; allowed: a multiple of 8 with trainer.tensor_parallel=2"),
+        (
+            {"model__activation": "relu2", "model__activation_sparsity": "2:4", "model__d_ff": 12, "recipe__pattern": "1:2"},
+            "model.d_ff: found 12; allowed: a multiple of 8 with",
+        ),
         ({"recipe__pattern": "4:8", "recipe__projection": "magnitude", "model__d_ff": 24}, "model.d_ff: found 24; .* of 16"),
         (
             {"trainer__devices": 4, "trainer__batch_size": 9},

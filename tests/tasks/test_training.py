@@ -340,11 +340,48 @@ def test_an_empty_json_is_written_again(tiny, tmp_path, name):
     assert runs.read_json(run_dir / runs.RUN_FILE)["corpus"]
 
 
-def test_a_damaged_config_is_told(tiny):
-    run_dir = train.run(tiny())
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1 << 7  # no UTF-8 any more
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [flip, lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])],
+    ids=["flipped", "missing", "truncated"],
+)
+def test_damaged_files_of_a_run_are_those_of_its_newest_whole_checkpoint(tiny, tmp_path, damage):
+    train.run(tiny("fst", "whole"))
+    run_dir = train.run(tiny("fst", trainer__stop_after=8))
+    facts = runs.read_json(run_dir / runs.RUN_FILE)
+    for name in runs.COPIED:
+        damage(run_dir / name)
+    flip(store.checkpoint_folder(run_dir / runs.CHECKPOINTS, 8) / "__0_0.distcp")
+    assert runs.read_rows(run_dir / runs.METRICS_FILE) is not None
+    train.run(tiny("fst"))
+    assert_same_run(tmp_path / "whole", run_dir)
+    assert runs.read_json(run_dir / runs.RUN_FILE)["id"] == facts["id"]
+
+
+def test_a_config_that_one_bit_has_changed_is_no_other_runs(tiny, tmp_path):
+    run_dir = train.run(tiny(trainer__stop_after=4))
+    path = run_dir / runs.CONFIG_FILE
+    path.write_text(path.read_text().replace("batch_size: 8", "batch_size: 9"))
+    train.run(tiny())
+    assert runs.read_given_config(run_dir).trainer.batch_size == 8
+    with pytest.raises(UserError, match="holding a run with trainer.batch_size=8 where this one has 4"):
+        train.run(tiny(trainer__batch_size=4))
+
+
+def test_a_damaged_config_without_a_copy_is_told(tiny):
+    run_dir = train.run(tiny(trainer__stop_after=4))
     (run_dir / runs.CONFIG_FILE).write_text("")
+    (store.checkpoint_folder(run_dir / runs.CHECKPOINTS, 4) / runs.CONFIG_FILE).write_text("")
     with pytest.raises(UserError, match=r"config.yaml, which is damaged"):
         train.run(tiny())
+    shutil.rmtree(run_dir / runs.CHECKPOINTS)  # nothing to lose
+    train.run(tiny(trainer__stop_after=4))
 
 
 def test_patterns_are_checked_before_any_data(tiny):
