@@ -62,8 +62,8 @@ def own(parameter: Tensor) -> Tensor:
 def data_parallel_rank(trainer: lightning.Trainer) -> tuple[int, int]:
     """Which part of each batch this rank learns from, and how many parts there are: ranks that compute layers together
     have the same one."""
-    part = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-    return part["rank"], part["num_replicas"]
+    place = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+    return place["rank"], place["num_replicas"]
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,14 @@ class Split:
 
     def place(self, parameter: nn.Parameter, placement: Placement) -> nn.Parameter:
         """The same parameter, spread over the ranks; all of them have the same values of it."""
-        whole = parameter.detach()
-        local = self.part(whole, placement.dim).clone() if isinstance(placement, Shard) else whole
-        spread = DTensor.from_local(local, self.mesh, [placement], run_check=False)
+        values = parameter.detach()
+        mine = self.part(values, placement.dim).clone() if isinstance(placement, Shard) else values
+        spread = DTensor.from_local(mine, self.mesh, [placement], run_check=False)
         return nn.Parameter(spread, requires_grad=parameter.requires_grad)
 
     def bias(self, bias: Tensor | None, out_features: int) -> Tensor | None:
         """What this rank adds to its outputs, of a bias that is spread over the ranks in equal parts."""
-        if bias is None or self.dimension == 0:
-            return None if bias is None else own(bias)
-        part = own(bias)
-        first = self.first(out_features)
-        return F.pad(part, (first, out_features - first - len(part)))
+        if bias is None:
+            return None
+        mine, first = own(bias), self.first(out_features)
+        return mine if self.dimension == 0 else F.pad(mine, (first, out_features - first - len(mine)))

@@ -264,12 +264,12 @@ def embedding_rows(cfg_rows: int | None, vocab_size: int) -> int:
 
 def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     """The gradients' global 2-norm (0-dim fp32), before they are scaled to at most `max_norm`."""
-    gradients: dict[Any, list[Tensor]] = {}  # by the mesh over which they are sharded: torch adds up those of one
+    meshes: dict[Any, list[nn.Parameter]] = {}  # over which they are sharded: torch takes those of one together
     for parameter in model.parameters():
         if parameter.grad is not None:
-            gradients.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter.grad)
-    norms = [whole(nn.utils.get_total_norm(some)) for some in gradients.values()]
+            meshes.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in some if p.grad is not None])) for some in meshes.values()]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
-    for some in gradients.values():
+    for some in meshes.values():
         nn.utils.clip_grads_with_norm_(some, math.inf if max_norm is None else max_norm, norm)
     return norm.float()

@@ -160,7 +160,8 @@ def join(variables):
         ([{"RANK": "0"}, {"RANK": "1"}, {"RANK": "2", "WORLD_SIZE": "4"}], "WORLD_SIZE: found 4; allowed: 3, as on rank 0"),
     ],
 )  # fmt: skip
-def test_ranks_that_are_not_of_one_launch_are_told_once(capfd, variables, expected):
+def test_ranks_that_are_not_of_one_launch_are_told_once(capfd, monkeypatch, variables, expected):
+    monkeypatch.setattr(meeting, "ANSWER_SECONDS", 1)
     common = {"WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     fork = multiprocessing.get_context("fork")
     ranks = [fork.Process(target=join, args=({**common, **own},)) for own in variables]

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 WAYS = {
     "fp8": ("fst", phases(recipe__fp8=True)),
     "gated": ("fst", phases(model__activation="swiglu", model__d_ff=48)),
+    "clipped": ("fst", phases(trainer__grad_clip=0.05, optimizer__eps=0.01)),  # of which AdamW sees the scale
     "bias": ("fst", phases(model__bias=True)),
     "sparse_activations": ("fst", phases(model__activation="relu2", model__activation_sparsity="2:4")),
     "double_pruned": ("ste", {"recipe__input_gradient": "double_pruned"}),

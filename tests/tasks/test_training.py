@@ -2,6 +2,7 @@
 
 import csv
 import math
+import multiprocessing
 import shutil
 
 import pytest
@@ -16,6 +17,7 @@ from sparse_pretrain.interrupt import Interrupted
 from sparse_pretrain.sparsity.schedule import DENSE_FINETUNE, DENSE_WARMUP, SPARSE
 from sparse_pretrain.tasks.causal_lm import CausalLM
 from sparse_pretrain.tasks.metrics import total_scores
+from sparse_pretrain.tasks.task import clip_gradients
 
 TIMING = ("seconds", "train/tokens_per_second", "train/mfu", "train/memory_gb")
 
@@ -478,6 +480,17 @@ def test_two_processes_do_not_train_one_run(tiny, tmp_path):
     train.run(tiny())
 
 
+def test_a_data_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
+    started, done = multiprocessing.Event(), multiprocessing.Event()
+    with runs.locked(tmp_path):
+        worker = multiprocessing.get_context("fork").Process(target=lambda: (started.set(), done.wait(60)))
+        worker.start()
+        assert started.wait(60)
+    with runs.locked(tmp_path):
+        done.set()
+    worker.join()
+
+
 def test_worker_does_nothing_for_a_complete_run(tiny, tmp_path):
     train.run(tiny())
     (tmp_path / "run" / runs.CONFIG_FILE).unlink()
@@ -500,3 +513,29 @@ def test_compiled_blocks_train_as_uncompiled_ones(tiny, tmp_path, checkpointing)
         assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), rel=1e-3)
     names = final_state(tmp_path / "compiled")["state_dict"].keys()
     assert names == final_state(tmp_path / "eager")["state_dict"].keys()
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5, 100.0])
+def test_gradients_are_clipped_as_torch_does_it(max_norm):
+    torch.manual_seed(0)
+    models = [torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        model(torch.ones(4, 5)).square().sum().backward()
+    norm = clip_gradients(models[0], max_norm)
+    expected = torch.nn.utils.clip_grad_norm_(models[1].parameters(), math.inf if max_norm is None else max_norm)
+    assert torch.equal(norm, expected)
+    assert 0.5 < norm < 100
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_runs_clip(tiny, tmp_path):
+    """So much that, beside a large epsilon, hardly anything is learned."""
+    for name, clip in (("free", None), ("clipped", 1e-6)):
+        train.run(tiny("dense", name, trainer__grad_clip=clip, optimizer__eps=0.01, optimizer__weight_decay=0.0))
+    free, clipped = (metrics(tmp_path / name) for name in ("free", "clipped"))
+    losses = [[float(row["val/loss"]) for row in rows if row["val/loss"]] for rows in (free, clipped)]
+    assert losses[0][-1] < losses[0][0] - 0.02
+    assert losses[1][-1] == pytest.approx(losses[1][0], abs=1e-4)
+    assert clipped[0]["train/grad_norm"] == free[0]["train/grad_norm"]
