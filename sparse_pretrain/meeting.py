@@ -53,7 +53,8 @@ class Meeting:
             self.store.set("port", str(self._training_store.port))
         self.store.wait(["port"], timedelta(seconds=MEET_SECONDS))
         if (there := int(self.store.get("ranks"))) != rank.ranks:
-            _refuse(self.store, UserError(*rank.counted.split("="), f"{there}, as on rank 0"))
+            variable = rank.counted.partition("=")[0]
+            _refuse(self.store, UserError(variable, rank.ranks, f"{there}, as on rank 0"))
         taken = self.store.add(f"here/{rank.number}", 1) > 1
         if taken and "TORCHELASTIC_RUN_ID" not in os.environ:  # whose store may be that of ranks of before
             _refuse(self.store, _taken(rank))
@@ -269,13 +270,13 @@ def _connect(rank: Rank) -> Store:
         in_use = UserError("MASTER_PORT", f"{rank.port}, which is in use", "a free port of rank 0's node")
         try:
             _check_server(rank)  # TCPStore itself would try for minutes
-            store = TCPStore(rank.address, rank.port, None, True, timedelta(seconds=MEET_SECONDS), False)
+            server = TCPStore(rank.address, rank.port, None, True, timedelta(seconds=MEET_SECONDS), False)
         except (OSError, RuntimeError) as error:
             there = _ask(rank)
             if there is not None and there.check(["ranks"]):
                 _refuse(there, _taken(rank))
             raise in_use from error
-        return PrefixStore(_prefix(), store)
+        return PrefixStore(_prefix(), server)
     start, told = time.monotonic(), rank.number != 1
     while (waited := time.monotonic() - start) < MEET_SECONDS:
         with contextlib.suppress(OSError), socket.create_connection((rank.address, rank.port), timeout=10):

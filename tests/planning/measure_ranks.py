@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -81,7 +80,12 @@ def held(module, gradients):
     }
 
 
-def measure(folder: Path) -> None:
+def measure(folders: list[Path]) -> None:
+    for folder in folders:
+        measure_one(folder)
+
+
+def measure_one(folder: Path) -> None:
     sent, gradients, step = Sent(), [0], task.Task.training_step
     clip = task.clip_gradients
 
@@ -103,10 +107,3 @@ def measure(folder: Path) -> None:
         worker.run(folder)
     finally:
         task.clip_gradients, task.Task.training_step = clip, step
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for name in sys.argv[1:]:
-        measure(Path(name))
-    torch.distributed.destroy_process_group()

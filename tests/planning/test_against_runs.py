@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from sparse_pretrain.planning.memory import Layout, training_state
 from sparse_pretrain.planning.network import read_network
 from sparse_pretrain.tasks.task import Sizes
 from tests.planning import measure_ranks
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -95,8 +95,7 @@ def prepare(tiny, monkeypatch):
 def test_what_ranks_hold_and_send(prepare, ranks):
     runs = [prepare(name, ranks, strategy) for name in APART[ranks] for strategy in ("fsdp", "ddp")]
     runs += [prepare(name, ranks, "fsdp", together=2) for name in TOGETHER[ranks]]
-    program = Path(measure_ranks.__file__)
-    assert launch.run_ranks([sys.executable, str(program), *(cfg.run_dir for cfg in runs)], ranks, 300) == 0
+    run_ranks(ranks, measure_ranks.measure, [Path(cfg.run_dir) for cfg in runs])
     for cfg in runs:
         compare(cfg, ranks)
 
@@ -104,5 +103,5 @@ def test_what_ranks_hold_and_send(prepare, ranks):
 @pytest.mark.parametrize("name", ["dense", "fst", "slope"])
 def test_what_one_device_holds(prepare, name):
     cfg = prepare(name)
-    measure_ranks.measure(Path(cfg.run_dir))
+    measure_ranks.measure([Path(cfg.run_dir)])
     compare(cfg, 1)
