@@ -210,7 +210,11 @@ def test_an_error_with_several_ranks_is_told_once(tmp_path, corpus):
 @pytest.mark.slow
 def test_a_signal_before_the_first_step(tmp_path, corpus):
     process = start(tmp_path / "run", corpus)
-    time.sleep(1.5)  # importing
+    status, term = Path(f"/proc/{process.pid}/status"), 1 << (signal.SIGTERM - 1)
+    deadline = time.monotonic() + 60
+    while not int(re.findall(r"SigCgt:\s*(\w+)", status.read_text())[0], 16) & term:  # it is handled as soon as can be
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors

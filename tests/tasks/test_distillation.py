@@ -340,12 +340,14 @@ def test_bf16_teaches_too(student):
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_as_one(student, tmp_path):
+def test_two_ranks_learn_as_one(student, tmp_path, train_together):
     """Also where both write the teacher's logits."""
     train.run(student(run_dir="one", trainer__micro_batch_size=4))
     logits = {"recipe__teacher__logits": str(tmp_path / "logits"), "recipe__teacher__top_k": None}
-    for name, changes in (("two", {}), ("kept", logits)):
-        train.run(student(run_dir=name, trainer__micro_batch_size=4, trainer__devices=2, **changes))
+    ways = {"two": {}, "kept": logits}
+    options = {"trainer__micro_batch_size": 4, "trainer__devices": 2}
+    train_together([student(run_dir=name, **options, **changes) for name, changes in ways.items()], 2)
+    for name in ways:
         for key in ("train/loss", "train/distillation_loss", "val/acceptance"):
             one = known(column(tmp_path / "one", key))
             assert known(column(tmp_path / name, key)) == pytest.approx(one, rel=1e-4)

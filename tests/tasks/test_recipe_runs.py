@@ -382,27 +382,11 @@ def test_a_fork_may_be_of_a_recipe_without_an_automatic_switch(tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "changes"), [("maskllm", MASKLLM), ("slope", SLOPE), ("ste", METRIC)])
-def test_two_ranks_train_as_one(tiny, tmp_path, recipe, changes):
-    changes = {**changes, "trainer__micro_batch_size": 2}
-    for name, devices in (("one", 1), ("two", 2)):
-        train.run(tiny(recipe, name, trainer__devices=devices, **changes))
-    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), rel=1e-4)
-        assert a["val/loss"] == "" or float(a["val/loss"]) == pytest.approx(float(b["val/loss"]), rel=1e-4)
-    one, two = final_state(tmp_path / "one")["state_dict"], final_state(tmp_path / "two")["state_dict"]
-    for name in one:
-        if name.endswith("mask"):
-            assert (one[name] == two[name]).float().mean() > 0.98, name
-
-
-@pytest.mark.slow
-def test_two_ranks_resume_in_the_middle_of_measuring_inputs(tiny, tmp_path):
+def test_two_ranks_resume_in_the_middle_of_measuring_inputs(tiny, tmp_path, train_together):
     """The checkpoint is of rank 0 alone, so what the other has measured must be in it."""
     changes = {**METRIC, "recipe__schedule__refresh_every": 4, "trainer__devices": 2, "trainer__micro_batch_size": 2}
-    train.run(tiny("ste", "whole", **changes))
-    train.run(tiny("ste", "stopped", trainer__stop_after=8, **changes))
-    train.run(tiny("ste", "stopped", **changes))
+    train_together([tiny("ste", "whole", **changes), tiny("ste", "stopped", trainer__stop_after=8, **changes)], 2)
+    train_together([tiny("ste", "stopped", **changes)], 2)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 

@@ -242,15 +242,6 @@ def test_accumulation_gives_the_same_training(tiny, tmp_path):
         assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), rel=1e-4)
 
 
-@pytest.mark.slow
-def test_two_ranks_train_as_one(tiny, tmp_path):
-    train.run(tiny("fst", "one", **phases(trainer__micro_batch_size=2)))
-    train.run(tiny("fst", "two", **phases(trainer__micro_batch_size=2, trainer__devices=2)))
-    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), rel=1e-4)
-        assert a["val/loss"] == "" or float(a["val/loss"]) == pytest.approx(float(b["val/loss"]), rel=1e-4)
-
-
 def test_bf16_trains(tiny):
     rows = metrics(train.run(tiny("fst", trainer__precision="bf16", **phases(trainer__steps=40))))
     assert float(rows[-1]["train/loss"]) < float(rows[0]["train/loss"]) - 0.3
