@@ -224,7 +224,7 @@ def test_a_signal_before_the_first_step(tmp_path, corpus):
 @pytest.mark.slow
 def test_sigkill_at_random_moments_never_changes_the_result(tmp_path, corpus):
     options = [
-        "trainer.steps=300",
+        "trainer.steps=200",
         "trainer.checkpoint_every=7",
         "trainer.eval_every=50",
         "trainer.log_every=3",
@@ -239,7 +239,7 @@ def test_sigkill_at_random_moments_never_changes_the_result(tmp_path, corpus):
         rows = runs.read_rows(tmp_path / "killed" / runs.METRICS_FILE)
         done = int(rows[-1]["step"]) if rows else 0
         try:
-            wait_for_step(tmp_path / "killed", done + draw.randint(10, 60), process)
+            wait_for_step(tmp_path / "killed", done + draw.randint(10, 50), process)
         except AssertionError:
             break  # it came to its end
         time.sleep(draw.random() * 0.05)

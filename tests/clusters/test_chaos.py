@@ -45,7 +45,9 @@ def test_a_run_survives(begin, undisturbed, tmp_path):
         options = ["trainer.checkpoint_every=10", "trainer.checkpoints_kept=3", f"trainer.async_checkpoints={beside}"]
         devices = draw.choice((1, 2))
         strategy = draw.choice(("fsdp", "fsdp", "ddp"))
-        process = begin(run_dir, *options, f"trainer.devices={devices}", f"trainer.strategy={strategy}")
+        together = draw.choice((1, devices)) if strategy == "fsdp" else 1
+        options += [f"trainer.devices={devices}", f"trainer.strategy={strategy}", f"trainer.tensor_parallel={together}"]
+        process = begin(run_dir, *options)
         wait_for_checkpoint(run_dir, done + draw.randint(1, 25), process)
         if draw.random() < 0.5:  # the moment at which a checkpoint is written
             writing = run_dir / runs.CHECKPOINTS
