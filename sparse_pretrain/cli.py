@@ -277,8 +277,13 @@ def _run_hydra(name: str, options: list[str], task: Callable[[Any], None]) -> No
 
 def _plain(cfg: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationResolutionError
 
-    values = OmegaConf.to_container(cfg, resolve=True)
+    try:
+        values = OmegaConf.to_container(cfg, resolve=True)
+    except InterpolationResolutionError as error:  # as of a text's length, from a model that has none
+        reason = str(error).splitlines()[0].lower()
+        raise UserError(str(error.full_key), reason, "a value, or a model and data that go together") from error
     assert isinstance(values, dict)
     # The groups that only change other options leave nothing of their own.
     return {key: value for key, value in values.items() if key not in ("experiment", "debug")}  # type: ignore[misc]

@@ -26,6 +26,8 @@ def error_of(capsys, *arguments: str) -> str:
         (["trian"], "command: found trian; allowed: train, finetune, decay-search, compare, sweep, sweep-report, plan, prune, evaluate, generate, export, consolidate, inspect, sparsest, report, doctor, bench; did you mean train?"),
         (["train", "model=gpt2_124"], "did you mean gpt2_124m?"),
         (["train", "recipe=fts"], "did you mean fst?"),
+        (["train", "model=vit_nano", "data=text"], "data.seq_len: found interpolation key 'model.max_seq_len' not found; allowed: a value, or a model and data that go together"),
+        (["train", "trainer.steps=${nowhere}"], "trainer.steps: found interpolation key 'nowhere' not found; allowed: a value"),
         (["train", "model.d_modell=64"], "model.d_modell: found no such option; allowed: model.d_model"),
         (["train", "+model.wings=2"], "model.wings: found no such option"),
         (["train", "steps=10"], "steps: found no such option; allowed: trainer.steps"),
