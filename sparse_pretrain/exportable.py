@@ -25,7 +25,8 @@ from sparse_pretrain.models.huggingface.peft import LowRank, add_adapters
 from sparse_pretrain.models.huggingface.rules import Rule
 from sparse_pretrain.models.huggingface.sparsity_section import is_conv1d_architecture
 from sparse_pretrain.models.huggingface.tokenizer_files import copy_others, write_image_processor, write_tokenizer
-from sparse_pretrain.sparsity.adapters import LoRA, adapters_in, adapters_of, merge_adapters
+from sparse_pretrain.sparsity.adapter_files import adapters_in
+from sparse_pretrain.sparsity.adapters import LoRA, adapters_of, merge_adapters
 from sparse_pretrain.sparsity.linear import SparseLinear, is_conv1d
 from sparse_pretrain.sparsity.swap import densify
 from sparse_pretrain.tasks.trained import Trained, load_trained

@@ -152,7 +152,8 @@ def check_adapter(cfg: TrainConfig) -> None:
     """Raises UserError if the file that `recipe.adapter.path` names does not hold adapters for this run's layers."""
     import torch
 
-    from sparse_pretrain.sparsity.adapters import attach, make_adapter, read_adapters
+    from sparse_pretrain.sparsity.adapter_files import read_adapters
+    from sparse_pretrain.sparsity.adapters import attach, make_adapter
     from sparse_pretrain.sparsity.swap import select_layers
     from sparse_pretrain.tasks.build import build_model
 

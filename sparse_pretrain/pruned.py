@@ -22,7 +22,8 @@ from sparse_pretrain.models import huggingface
 from sparse_pretrain.models.huggingface.folder import CONFIG, read_safetensors, write_json, write_tensors
 from sparse_pretrain.models.huggingface.packed import SECTION
 from sparse_pretrain.schema import to_dict
-from sparse_pretrain.sparsity.adapters import LoRA, adapters_of, attach, make_adapter, merge_adapters, save_adapters
+from sparse_pretrain.sparsity.adapter_files import save_adapters
+from sparse_pretrain.sparsity.adapters import LoRA, adapters_of, attach, make_adapter, merge_adapters
 from sparse_pretrain.sparsity.swap import densify
 from sparse_pretrain.tasks.build import build_task
 from sparse_pretrain.tasks.task import Task

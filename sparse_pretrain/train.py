@@ -146,7 +146,7 @@ def with_absolute_paths(cfg: TrainConfig) -> TrainConfig:
     )
     adapter = dataclasses.replace(recipe.adapter, path=recipe.adapter.path and absolute(recipe.adapter.path))
     if adapter.path is not None:
-        from sparse_pretrain.sparsity.adapters import with_options_of_file
+        from sparse_pretrain.sparsity.adapter_files import with_options_of_file
 
         adapter = with_options_of_file(adapter)
     return dataclasses.replace(

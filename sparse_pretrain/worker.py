@@ -39,7 +39,7 @@ from sparse_pretrain.interrupt import Interrupted, before_the_first_step
 from sparse_pretrain.loggers import build_loggers, close_loggers, log_artifact
 from sparse_pretrain.models.count import count_model
 from sparse_pretrain.schema import to_dict
-from sparse_pretrain.sparsity.adapters import load_adapters, save_adapters
+from sparse_pretrain.sparsity.adapter_files import load_adapters, save_adapters
 from sparse_pretrain.sparsity.communication import MaskedDDPStrategy
 from sparse_pretrain.sparsity.recipe import SparseTraining
 from sparse_pretrain.tasks.build import build_model, build_task
@@ -64,9 +64,9 @@ def run(run_dir: Path) -> None:
         return
     quiet_lightning()
     cfg = runs.read_config(run_dir)
-    data = open_store(Path(runs.read_json(run_dir / runs.RUN_FILE)["data"]))
+    given = runs.read_json(run_dir / runs.RUN_FILE)
+    data, start = open_store(Path(given["data"])), given.get("start")
     sizes = Sizes.of(data)
-    start = runs.read_json(run_dir / runs.RUN_FILE).get("start")
     checkpoint = find_checkpoint(cfg, run_dir, start)
     steps_done = store.step_of(checkpoint) if checkpoint else 0
     if cfg.trainer.stop_after is not None and cfg.trainer.stop_after <= steps_done < cfg.trainer.steps:

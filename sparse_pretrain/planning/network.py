@@ -15,7 +15,8 @@ from sparse_pretrain.limits import parse_pattern
 from sparse_pretrain.models.blocks import FeedForward
 from sparse_pretrain.models.count import BACKWARD, ModelCount, count_model
 from sparse_pretrain.optim.build import hidden_weights
-from sparse_pretrain.sparsity.adapters import attach, make_adapter, with_options_of_file
+from sparse_pretrain.sparsity.adapter_files import with_options_of_file
+from sparse_pretrain.sparsity.adapters import attach, make_adapter
 from sparse_pretrain.sparsity.swap import select_layers
 from sparse_pretrain.tasks.build import build_model, task_class
 from sparse_pretrain.tasks.sharding import CUT, blocks_of, placements

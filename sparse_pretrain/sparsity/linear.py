@@ -117,6 +117,11 @@ class SparseLinear(nn.Module):
             shape[self.split.dimension] //= self.split.mesh.size()
         return shape[0], shape[1]
 
+    @property
+    def first_feature(self) -> int:
+        """Which of its outputs the first one that this rank computes is."""
+        return 0 if self.split is None or self.split.dimension == 1 else self.split.first(self.out_features)
+
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Within it a sharded weight is gathered once, and must not change."""

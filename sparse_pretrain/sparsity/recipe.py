@@ -221,10 +221,8 @@ class SparseTraining:
             self._counter = torch.zeros(2, dtype=torch.int64, device=device)
             if self.recipe.weight_gradient == "mvue":
                 for index, layer in enumerate(layers):
-                    by_rows = layer.split is not None and layer.split.dimension == 0
-                    first = layer.split.first(layer.out_features) if layer.split is not None and by_rows else 0
                     # As tensors: blocks compiled from one code share their graph.
-                    where = torch.tensor([index, first], device=device)
+                    where = torch.tensor([index, layer.first_feature], device=device)
                     layer.mvue = MvueKey(self.seed, where[0], self._counter, where[1])
         self.decay.masks = self._masks()
 

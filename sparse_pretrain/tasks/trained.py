@@ -21,7 +21,7 @@ from sparse_pretrain.errors import UserError
 from sparse_pretrain.models import huggingface
 from sparse_pretrain.objective import is_encoder_decoder
 from sparse_pretrain.schema import load
-from sparse_pretrain.sparsity.adapters import adapters_in, load_adapters
+from sparse_pretrain.sparsity.adapter_files import adapters_in, load_adapters
 from sparse_pretrain.sparsity.swap import densify
 from sparse_pretrain.tasks.build import build_model, build_task
 from sparse_pretrain.tasks.task import Sizes, Task

@@ -18,18 +18,15 @@ from sparse_pretrain.config import AdapterConfig, RecipeConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.models.count import count_model
 from sparse_pretrain.sparsity import SparseLinear
+from sparse_pretrain.sparsity.adapter_files import adapters_in, load_adapters, save_adapters, with_options_of_file
 from sparse_pretrain.sparsity.adapters import (
     LoRA,
     SLoRB,
-    adapters_in,
     adapters_of,
     attach,
-    load_adapters,
     make_adapter,
     merge_adapters,
-    save_adapters,
     unmerge_adapters,
-    with_options_of_file,
 )
 from sparse_pretrain.sparsity.packed import pack_model
 

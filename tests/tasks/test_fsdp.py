@@ -1,4 +1,4 @@
-"""FSDP2: every recipe trains as on one device, and goes on with another number of ranks."""
+"""DDP and FSDP2: every recipe trains as on one device, and goes on with another number of ranks."""
 
 import json
 from pathlib import Path
