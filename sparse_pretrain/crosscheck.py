@@ -5,18 +5,10 @@ from __future__ import annotations
 import math
 import re
 
-from sparse_pretrain.config import (
-    AdapterConfig,
-    DecaySearchConfig,
-    LearnedConfig,
-    RecipeConfig,
-    SearchConfig,
-    TeacherConfig,
-    TrainConfig,
-    TrainerConfig,
-)
+from sparse_pretrain.config import DecaySearchConfig, SearchConfig, TrainConfig, TrainerConfig
 from sparse_pretrain.config_data import DataConfig, ImagesConfig, PairsConfig, TextConfig
 from sparse_pretrain.config_models import GPTConfig, ModelConfig, Seq2SeqConfig, TransformerConfig, ViTConfig
+from sparse_pretrain.config_recipe import AdapterConfig, LearnedConfig, RecipeConfig, TeacherConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.limits import CHOICES, parse_pattern
 from sparse_pretrain.objective import CAUSAL_LM, IMAGE_CLASSIFICATION, objective_of

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_pretrain import crosscheck, preflight, runs
-from sparse_pretrain.config import LoggerConfig, SearchConfig, TeacherConfig, TrainConfig
+from sparse_pretrain.config import LoggerConfig, SearchConfig, TrainConfig
+from sparse_pretrain.config_recipe import TeacherConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.interrupt import before_the_first_step
 from sparse_pretrain.sparsity.decay_search import WINDOW, Trial, choose, in_window, next_factor

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from sparse_pretrain import runs
 from sparse_pretrain.checkpoint import store
-from sparse_pretrain.config import InspectConfig, RecipeConfig
+from sparse_pretrain.config import InspectConfig
 from sparse_pretrain.config_models import BertConfig, GPTConfig, ModelConfig
+from sparse_pretrain.config_recipe import RecipeConfig
 from sparse_pretrain.data.sources import file_documents, find_files
 from sparse_pretrain.data.token_store import TokenStore
 from sparse_pretrain.data.tokenizer import encode_documents, load_tokenizer

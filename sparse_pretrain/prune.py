@@ -18,7 +18,8 @@ from tqdm import tqdm
 from sparse_pretrain import pruned, runs
 from sparse_pretrain.calibration import Calibration, calibration
 from sparse_pretrain.checkpoint import store
-from sparse_pretrain.config import AdapterConfig, PruneConfig
+from sparse_pretrain.config import PruneConfig
+from sparse_pretrain.config_recipe import AdapterConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.hardware import device_name, pick_device
 from sparse_pretrain.models.huggingface import is_hugging_face

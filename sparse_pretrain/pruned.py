@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparse_pretrain import runs
 from sparse_pretrain.checkpoint import store
-from sparse_pretrain.config import AdapterConfig, RecipeConfig
+from sparse_pretrain.config_recipe import AdapterConfig, RecipeConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.models import huggingface
 from sparse_pretrain.models.huggingface.folder import CONFIG, read_safetensors, write_json, write_tensors

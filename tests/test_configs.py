@@ -9,6 +9,7 @@ from sparse_pretrain import cli, config, crosscheck, runs, schema
 from sparse_pretrain.config import TrainConfig
 from sparse_pretrain.config_data import DataConfig
 from sparse_pretrain.config_models import ModelConfig
+from sparse_pretrain.config_recipe import RecipeConfig
 from sparse_pretrain.paths import config_dir
 from sparse_pretrain.sparsity import load_recipe
 
@@ -72,8 +73,8 @@ def test_every_file_lists_every_option(group, choice):
 
 def test_recipes_say_what_differs_from_the_defaults():
     defaults = yaml.safe_load((config_dir() / "recipe_defaults.yaml").read_text())
-    assert set(schema.flatten(defaults)) == set(schema.options(config.RecipeConfig))
-    assert schema.load(config.RecipeConfig, defaults | {"name": "x"}) == config.RecipeConfig("x")
+    assert set(schema.flatten(defaults)) == set(schema.options(RecipeConfig))
+    assert schema.load(RecipeConfig, defaults | {"name": "x"}) == RecipeConfig("x")
 
 
 @pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "train"])

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from sparse_pretrain import cli, config, crosscheck, decay_search, factor_search, runs, schema, train
 from sparse_pretrain.config import DecaySearchConfig, SearchConfig
+from sparse_pretrain.config_recipe import DecayConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.interrupt import Interrupted
 from sparse_pretrain.launch import RanksFailed
@@ -88,7 +89,7 @@ def test_the_short_runs_share_their_start_and_differ_in_decay_alone(tiny):
     dense, first, second = (factor_search.short_run(cfg, folder, factor, 8) for factor in (None, 1e-4, 1e-3))
     different = {key for key, value in runs.identity(first).items() if value != runs.identity(second)[key]}
     assert different == {"recipe.decay.factor"}
-    assert first.recipe.decay == config.DecayConfig(place="gradient", factor=1e-4)
+    assert first.recipe.decay == DecayConfig(place="gradient", factor=1e-4)
     assert first.recipe.schedule.dense_warmup == 0
     different = {key for key, value in runs.identity(first).items() if value != runs.identity(dense)[key]}
     assert {key.rpartition(".")[0] for key in different} == {"recipe.decay", "recipe.schedule"}

@@ -10,7 +10,7 @@ import torch
 from sparse24 import ops
 from torch import Tensor, nn
 
-from sparse_pretrain.config import RecipeConfig
+from sparse_pretrain.config_recipe import RecipeConfig
 from sparse_pretrain.limits import parse_pattern
 from sparse_pretrain.sparsity.linear import SparseLinear
 from sparse_pretrain.sparsity.swap import select_layers

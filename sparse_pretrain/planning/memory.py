@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sparse_pretrain.config import RecipeConfig, TrainConfig
+from sparse_pretrain.config import TrainConfig
+from sparse_pretrain.config_recipe import RecipeConfig
 from sparse_pretrain.planning.activations import Activations
 from sparse_pretrain.planning.network import Network, Parameter, SparseLayer
 

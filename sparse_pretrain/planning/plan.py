@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sparse_pretrain.config import PlanConfig, RecipeConfig
+from sparse_pretrain.config import PlanConfig
 from sparse_pretrain.config_models import TransformerConfig
+from sparse_pretrain.config_recipe import RecipeConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.planning import communication, duration, memory
 from sparse_pretrain.planning.activations import RULE, count_activations

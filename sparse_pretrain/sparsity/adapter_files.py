@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_pretrain.config import AdapterConfig
+from sparse_pretrain.config_recipe import AdapterConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.sharding import whole
 from sparse_pretrain.sparsity.adapters import Adapter, adapters_of

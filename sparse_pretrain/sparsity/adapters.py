@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 
-from sparse_pretrain.config import AdapterConfig
+from sparse_pretrain.config_recipe import AdapterConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.sharding import own, put, whole
 from sparse_pretrain.sparsity.linear import SparseLinear, is_conv1d

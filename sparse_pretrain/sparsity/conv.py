@@ -12,7 +12,7 @@ from sparse24 import ops
 from sparse24.autograd import sparse_linear
 from torch import Tensor, nn
 
-from sparse_pretrain.config import RecipeConfig
+from sparse_pretrain.config_recipe import RecipeConfig
 from sparse_pretrain.sparsity.linear import SparseLinear
 
 

@@ -7,7 +7,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from sparse_pretrain.config import LearnedConfig
+from sparse_pretrain.config_recipe import LearnedConfig
 from sparse_pretrain.sharding import Split, own, put, whole
 
 

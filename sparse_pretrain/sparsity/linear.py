@@ -16,7 +16,7 @@ from sparse24.dispatch import Plan
 from sparse24.reference import soft_threshold_scale
 from torch import Tensor, nn
 
-from sparse_pretrain.config import RecipeConfig
+from sparse_pretrain.config_recipe import RecipeConfig
 from sparse_pretrain.limits import parse_pattern
 from sparse_pretrain.sharding import Split, own, whole
 from sparse_pretrain.sparsity.learned import LearnedMask

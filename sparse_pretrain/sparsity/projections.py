@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparse_pretrain.config import RecipeConfig
+from sparse_pretrain.config_recipe import RecipeConfig
 from sparse_pretrain.limits import parse_pattern
 
 

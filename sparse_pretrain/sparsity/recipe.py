@@ -12,7 +12,7 @@ import yaml
 from sparse24.autograd import MvueKey
 from torch import Tensor, nn
 
-from sparse_pretrain.config import RecipeConfig
+from sparse_pretrain.config_recipe import RecipeConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.optim.adamw import MaskedDecay, SecondMoment
 from sparse_pretrain.paths import config_dir

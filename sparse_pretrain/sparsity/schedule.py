@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_pretrain.config import ScheduleConfig
+from sparse_pretrain.config_recipe import ScheduleConfig
 
 DENSE_WARMUP, SPARSE, DENSE_FINETUNE = "dense warm-up", "sparse", "dense fine-tune"
 

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from sparse_pretrain.config import RecipeConfig
+from sparse_pretrain.config_recipe import RecipeConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.sparsity.adapters import attach, make_adapter
 from sparse_pretrain.sparsity.conv import SparseConv2d

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from sparse_pretrain import runs
 from sparse_pretrain.checkpoint import store
-from sparse_pretrain.config import TeacherConfig
+from sparse_pretrain.config_recipe import TeacherConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.sharding import data_parallel_rank, put, whole
 from sparse_pretrain.tasks.build import build_model

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from sparse_pretrain import runs
 from sparse_pretrain.checkpoint import single_file, store
-from sparse_pretrain.config import RecipeConfig, TrainConfig
+from sparse_pretrain.config import TrainConfig
 from sparse_pretrain.config_data import DataConfig, ImagesConfig, PairsConfig, TextConfig
 from sparse_pretrain.config_models import HFConfig, ModelConfig, Seq2SeqConfig, ViTConfig
+from sparse_pretrain.config_recipe import RecipeConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.models import huggingface
 from sparse_pretrain.objective import is_encoder_decoder

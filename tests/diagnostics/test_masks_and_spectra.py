@@ -7,7 +7,7 @@ import torch
 from sparse24.reference import magnitude_mask as reference_mask
 from torch import nn
 
-from sparse_pretrain.config import AdapterConfig
+from sparse_pretrain.config_recipe import AdapterConfig
 from sparse_pretrain.diagnostics.masks import agreement, magnitude_mask, pruned_layers, pruned_mass
 from sparse_pretrain.diagnostics.spectra import layer_spectra, spectrum
 from sparse_pretrain.sparsity import load_recipe, sparsify

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_pretrain.config import RecipeConfig
 from sparse_pretrain.config_models import HFConfig, TorchvisionConfig
+from sparse_pretrain.config_recipe import RecipeConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.models.library import build_hf, build_torchvision
 from sparse_pretrain.optim.adamw import AdamW, parameter_groups

@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from sparse_pretrain import runs
-from sparse_pretrain.config import RecipeConfig, ScheduleConfig, TrainConfig, TrainerConfig
+from sparse_pretrain.config import TrainConfig, TrainerConfig
 from sparse_pretrain.config_data import TextConfig
 from sparse_pretrain.config_models import GPTConfig
+from sparse_pretrain.config_recipe import RecipeConfig, ScheduleConfig
 from sparse_pretrain.schema import to_dict
 
 RECIPES = {

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sparse_pretrain.config import AdapterConfig
+from sparse_pretrain.config_recipe import AdapterConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.sparsity.adapter_files import adapters_in, load_adapters, save_adapters, with_options_of_file
 from sparse_pretrain.sparsity.adapters import (

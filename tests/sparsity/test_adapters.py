@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparse_pretrain.config import AdapterConfig, RecipeConfig
+from sparse_pretrain.config_recipe import AdapterConfig, RecipeConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.models.count import count_model
 from sparse_pretrain.sparsity import SparseLinear

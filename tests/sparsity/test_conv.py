@@ -10,7 +10,7 @@ from sparse24.dispatch import Plan
 from sparse24.reference import mvue24, uniform24
 from torch import nn
 
-from sparse_pretrain.config import LearnedConfig, RecipeConfig
+from sparse_pretrain.config_recipe import LearnedConfig, RecipeConfig
 from sparse_pretrain.sparsity.conv import Geometry, SparseConv2d
 from tests.sparsity.by_hand import keep
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from sparse24.dispatch import Plan
 from torch import nn
 
-from sparse_pretrain.config import AdapterConfig, RecipeConfig
+from sparse_pretrain.config_recipe import AdapterConfig, RecipeConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.optim.adamw import AdamW, parameter_groups
 from sparse_pretrain.sparsity import (

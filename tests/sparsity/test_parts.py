@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_pretrain.config import AdapterConfig, DecayConfig, RecipeConfig, ScheduleConfig
 from sparse_pretrain.config_models import GPTConfig
+from sparse_pretrain.config_recipe import AdapterConfig, DecayConfig, RecipeConfig, ScheduleConfig
 from sparse_pretrain.models.gpt import GPT
 from sparse_pretrain.sparsity import SparseTraining, densify, load_recipe, sparsify
 from sparse_pretrain.sparsity.adapters import adapters_of

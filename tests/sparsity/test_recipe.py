@@ -5,7 +5,7 @@ import torch
 from sparse24.reference import mvue24, uniform24
 from torch import nn
 
-from sparse_pretrain.config import DecayConfig, RecipeConfig, ScheduleConfig
+from sparse_pretrain.config_recipe import DecayConfig, RecipeConfig, ScheduleConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.optim.adamw import AdamW
 from sparse_pretrain.sparsity import SparseLinear, SparseTraining, densify, load_recipe, sparsify

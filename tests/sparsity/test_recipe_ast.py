@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparse_pretrain.config import AdapterConfig
+from sparse_pretrain.config_recipe import AdapterConfig
 from sparse_pretrain.sparsity import load_recipe
 from tests.sparsity.by_hand import IN, LR, OUT, STEPS, Adam, build, data, keep, near, train_step
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from sparse_pretrain.config import RecipeConfig, ScheduleConfig
+from sparse_pretrain.config_recipe import RecipeConfig, ScheduleConfig
 from sparse_pretrain.sparsity import SparseTraining, load_recipe, sparsify
 from tests.sparsity.by_hand import OUT, STEPS, Adam, build, data, double_pruned, keep, near, train_step
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_pretrain.config import RecipeConfig
 from sparse_pretrain.config_models import GPTConfig
+from sparse_pretrain.config_recipe import RecipeConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.models.gpt import GPT
 from sparse_pretrain.sparsity import SparseLinear, densify, load_recipe, sparsify

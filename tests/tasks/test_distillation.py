@@ -13,7 +13,7 @@ from torch import nn
 
 from sparse_pretrain import crosscheck, runs, train
 from sparse_pretrain.checkpoint import store
-from sparse_pretrain.config import TeacherConfig
+from sparse_pretrain.config_recipe import TeacherConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.tasks import teacher_logits
 from sparse_pretrain.tasks.causal_lm import CausalLM

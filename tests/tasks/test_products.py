@@ -6,7 +6,7 @@ from sparse24 import backends, dispatch, ops
 from sparse24.dispatch import Plan
 
 from sparse_pretrain import runs, train
-from sparse_pretrain.config import RecipeConfig
+from sparse_pretrain.config_recipe import RecipeConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.optim import adamw
 from sparse_pretrain.sparsity import SparseLinear, SparseTraining, sparsify

@@ -12,7 +12,8 @@ from torch import distributed, nn
 
 from sparse_pretrain import evaluate, runs, train
 from sparse_pretrain.checkpoint import store
-from sparse_pretrain.config import EvaluateConfig, RecipeConfig, ScheduleConfig
+from sparse_pretrain.config import EvaluateConfig
+from sparse_pretrain.config_recipe import RecipeConfig, ScheduleConfig
 from sparse_pretrain.errors import UserError
 from sparse_pretrain.evaluation.perplexity import total_loss
 from sparse_pretrain.optim import adamw
